@@ -1,0 +1,128 @@
+"""A configuration before it is understood: plain values, each with the place where it was written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+KeyPath = tuple[str | int, ...]
+
+
+def dotted(path: KeyPath) -> str:
+    """`("data", "datasets", 0)` as people write it: `data.datasets.0`."""
+    return ".".join(str(part) for part in path)
+
+
+class Document:
+    """Nested dictionaries and lists, and for every path below the top its origin (`FILE:LINE` or `override N`)."""
+
+    def __init__(self, values: dict[str, Any], origins: dict[KeyPath, str], name: str):
+        self.values = values
+        self.origins = origins
+        self.name = name
+
+    def has(self, path: KeyPath) -> bool:
+        """Whether something, null included, is written at `path`."""
+        return self._find(path) is not _NOTHING
+
+    def get(self, path: KeyPath, default: Any = None) -> Any:
+        """The value at `path`."""
+        value = self._find(path)
+        return default if value is _NOTHING else value
+
+    def origin(self, path: KeyPath) -> str:
+        """Where `path`, or else the nearest section around it, was written."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.origins:
+                return self.origins[path[:length]]
+        return self.name
+
+    def put(self, path: KeyPath, value: Any, origin: str) -> None:
+        """Write `value` at `path`, making the sections above it; everything in it gets `origin`."""
+        target: Any = self.values
+        for length, part in enumerate(path[:-1], start=1):
+            if not isinstance(target.get(part) if isinstance(target, dict) else target[part], dict | list):
+                target[part] = {}
+                self.origins.setdefault(path[:length], origin)
+            target = target[part]
+        self._forget(path)
+        target[path[-1]] = value
+        for below in _paths(value):
+            self.origins[path + below] = origin
+
+    def take(self, path: KeyPath) -> tuple[Any, dict[KeyPath, str]]:
+        """Remove what is at `path`; return it with the origins of everything in it, relative to `path`."""
+        value = self._find(path)
+        del self._find(path[:-1])[path[-1]]
+        origins = {key[len(path) :]: origin for key, origin in self.origins.items() if key[: len(path)] == path}
+        self._forget(path)
+        return value, origins
+
+    def move(self, old: KeyPath, new: KeyPath) -> None:
+        """Move what is at `old` to `new`, origins and all; sections left empty on the way disappear."""
+        value, origins = self.take(old)
+        self.put(new, value, origins.get((), self.name))
+        self.origins.update({new + below: origin for below, origin in origins.items()})
+        self.prune(old[:-1])
+
+    def prune(self, path: KeyPath) -> None:
+        """Remove the section at `path` and those around it as long as they are empty."""
+        while path and self._find(path) == {}:
+            self.take(path)
+            path = path[:-1]
+
+    def merge(self, later: Document) -> None:
+        """Write `later` over this one, key by key; lists are replaced whole, as are datasets whose type changes."""
+        self._merge(self.values, later.values, (), later)
+
+    def _merge(self, target: dict[str, Any], source: dict[str, Any], path: KeyPath, later: Document) -> None:
+        for key, value in source.items():
+            here = (*path, key)
+            old = target.get(key)
+            if isinstance(value, dict) and isinstance(old, dict) and not _another_kind_of_dataset(here, old, value):
+                if here in later.origins:
+                    self.origins[here] = later.origins[here]
+                self._merge(old, value, here, later)
+                continue
+            self._forget(here)
+            target[key] = _copy(value)
+            for below in _paths(value):
+                if here + below in later.origins:
+                    self.origins[here + below] = later.origins[here + below]
+
+    def _find(self, path: KeyPath) -> Any:
+        value: Any = self.values
+        for part in path:
+            if isinstance(value, dict) and part in value:
+                value = value[part]
+            elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+                value = value[part]
+            else:
+                return _NOTHING
+        return value
+
+    def _forget(self, path: KeyPath) -> None:
+        for key in [key for key in self.origins if key[: len(path)] == path]:
+            del self.origins[key]
+
+
+_NOTHING = object()
+
+
+def _another_kind_of_dataset(path: KeyPath, old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether merging would leave keys of one dataset type in another's section."""
+    return path[:2] == ("data", "datasets") and "type" in old and "type" in new and old["type"] != new["type"]
+
+
+def _paths(value: Any) -> Iterator[KeyPath]:
+    yield ()
+    if isinstance(value, dict | list):
+        for key, below in value.items() if isinstance(value, dict) else enumerate(value):
+            for path in _paths(below):
+                yield (key, *path)
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copy(below) for key, below in value.items()}
+    return [_copy(below) for below in value] if isinstance(value, list) else value

@@ -1,0 +1,153 @@
+"""`training`: how long, what is logged, evaluated, saved and exported on the way."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from modelyard.config.base import DataType, Section
+
+ExportFormat = Literal["llama", "qwen2", "mistral"]
+
+
+class IntervalConfig(Section):
+    """Something that happens every so many iterations."""
+
+    interval: int | None = Field(default=None, gt=0)
+    """Every how many iterations; null: never."""
+    offset: int = Field(default=0, ge=0)
+    """Shift: it happens where (iteration - offset) is a multiple of the interval, in iterations."""
+
+    def due(self, iteration: int) -> bool:
+        """Whether it happens after `iteration` (counted from 1)."""
+        return self.interval is not None and (iteration - self.offset) % self.interval == 0
+
+
+class LogsConfig(IntervalConfig):
+    """The console line, `metrics.jsonl` and TensorBoard."""
+
+    interval: int | None = Field(default=100, gt=0)
+    """Every how many iterations a line is written; null: never."""
+    tensorboard: bool = True
+    """Whether TensorBoard event files are written beside metrics.jsonl."""
+
+
+class LossEvaluatorConfig(Section):
+    """Mean loss over a fixed beginning of a dataset: every evaluation sees the same samples."""
+
+    type: Literal["loss"] = "loss"
+    """Kind of evaluator."""
+    iterations: int | None = Field(default=None, gt=0)
+    """How many batches of `batch.batch_size` samples are read, in batches; null: one pass over the dataset."""
+    dataset_name: str | None = None
+    """Entry of data.datasets that is read; default: the evaluator's name."""
+
+
+class SamplesEvaluatorConfig(Section):
+    """Text written by the model from fixed prompts, to watch it learn."""
+
+    type: Literal["samples"]
+    """Kind of evaluator."""
+    prompts: list[str] = Field(min_length=1)
+    """Beginnings to go on from; an empty one starts from begin-of-sequence."""
+    max_new_tokens: int = Field(default=64, gt=0)
+    """Length of each continuation, in tokens."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_k: int | None = Field(default=None, gt=0)
+    """Draw from the k likeliest tokens only; null: from all."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Draw from the smallest set of tokens that holds this probability; null: from all."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the draws; the same at every evaluation."""
+
+
+class EvaluatorConfig(IntervalConfig):
+    """One named evaluation, at its own interval and once more at the end of training."""
+
+    evaluator: Annotated[LossEvaluatorConfig | SamplesEvaluatorConfig, Field(discriminator="type")]
+    """What is evaluated."""
+
+    @field_validator("evaluator", mode="before")
+    @classmethod
+    def _loss_by_default(cls, value: Any) -> Any:
+        return {"type": "loss", **value} if isinstance(value, dict) else value
+
+
+class CheckpointConfig(IntervalConfig):
+    """What a stopped run goes on from: weights, optimizer state, position in the data. Saved once more at the end."""
+
+    keep: int | None = Field(default=5, gt=0)
+    """How many of the newest checkpoints on the interval stay, in checkpoints; null: all."""
+    keep_every: int | None = Field(default=None, gt=0)
+    """Checkpoints whose number is a multiple of this stay for ever, in checkpoints (every n-th save); null: none."""
+
+
+class ExportConfig(IntervalConfig):
+    """A Hugging Face folder in EXPERIMENT_DIR/export/<format>/<iteration>/, also once at the end."""
+
+    keep: int | None = Field(default=None, gt=0)
+    """How many of the newest exports on the interval stay, in exports; null: all."""
+    keep_every: int | None = Field(default=None, gt=0)
+    """Exports whose number is a multiple of this stay for ever, in exports (every n-th save); null: none."""
+    format: ExportFormat | None = None
+    """Family of the folder: which of transformers' models reads it. Required with an interval."""
+    data_type: DataType = "bfloat16"
+    """Type of the exported weights."""
+
+    @model_validator(mode="after")
+    def _format_given(self) -> ExportConfig:
+        if self.interval is not None and self.format is None:
+            raise ValueError("export.interval is given without export.format; write format: llama (or qwen2, mistral)")
+        return self
+
+
+class TrainingConfig(Section):
+    """The run: its length and everything that happens at intervals."""
+
+    train_iters: int = Field(ge=0)
+    """Length of the run, in optimizer steps (iterations), skipped ones included; 0 only evaluates."""
+    logs: LogsConfig = Field(default_factory=LogsConfig)
+    """Console, metrics.jsonl and TensorBoard."""
+    evaluators: dict[str, EvaluatorConfig] = Field(default_factory=dict)
+    """Evaluations during training, by name."""
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    """Saving what a stopped run goes on from."""
+    export: ExportConfig = Field(default_factory=ExportConfig)
+    """Writing Hugging Face folders."""
+    shutdown: IntervalConfig = Field(default_factory=IntervalConfig)
+    """Leaving after a checkpoint, for schedulers with short jobs; must fall on checkpoints."""
+    test_iters: int = Field(default=0, ge=0)
+    """Batches of the dataset `test` evaluated once at the end, in batches; 0: none."""
+    max_skipped_steps: int = Field(default=10, gt=0)
+    """Consecutive steps skipped for a loss or gradient that is not finite before the run stops, in iterations."""
+
+    @field_validator("evaluators", mode="before")
+    @classmethod
+    def _dataset_named_like_the_evaluator(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: _with_dataset_name(name, entry) for name, entry in value.items()}
+
+    @model_validator(mode="after")
+    def _shutdown_at_checkpoints(self) -> TrainingConfig:
+        shutdown, checkpoint = self.shutdown, self.checkpoint
+        if shutdown.interval is None:
+            return self
+        if checkpoint.interval is None or shutdown.interval % checkpoint.interval:
+            raise ValueError(
+                f"shutdown.interval {shutdown.interval} must be a multiple of checkpoint.interval {checkpoint.interval}"
+            )
+        if (shutdown.offset - checkpoint.offset) % checkpoint.interval:
+            raise ValueError(f"shutdown.offset {shutdown.offset} must fall on a checkpoint (offset {checkpoint.offset})")
+        return self
+
+
+def _with_dataset_name(name: str, entry: Any) -> Any:
+    if not isinstance(entry, dict):
+        return entry
+    evaluator = entry.get("evaluator", {})
+    if not isinstance(evaluator, dict) or evaluator.get("type", "loss") != "loss" or evaluator.get("dataset_name"):
+        return entry
+    return {**entry, "evaluator": {**evaluator, "dataset_name": name}}

@@ -1,0 +1,162 @@
+"""The decoder, read top to bottom: Llama 2 and 3, Mistral, Qwen 2 and what has their shape.
+
+Parameters have the logical names of `Architecture.parameter_shapes`. Inside, rows are laid end to end: tensors are
+[tokens, ...], and attention is told where documents begin.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modelyard.config.architecture import Architecture
+from modelyard.errors import UserError
+from modelyard.model.attention import Backend, Boundaries, attend, flatten_boundaries
+from modelyard.model.cache import KeyValueCache, LayerCache
+from modelyard.model.elementwise import rms_norm, rotate, swiglu, wide
+from modelyard.model.rotary import rotary_table
+
+
+class Context(NamedTuple):
+    """What every block of one forward shares."""
+
+    boundaries: Boundaries
+    rotary: tuple[Tensor, Tensor] | None
+    """cos and sin, each [tokens, 1, head_size / 2]."""
+    backend: Backend
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, epsilon: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.epsilon)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, inside documents."""
+
+    def __init__(self, architecture: Architecture):
+        super().__init__()
+        hidden, self.head_size = architecture.hidden_size, architecture.head_size
+        query = architecture.num_attention_heads * self.head_size
+        key_value = architecture.head_groups * self.head_size
+        self.window = architecture.window_size
+        self.q_proj = nn.Linear(hidden, query, bias=architecture.qkv_bias)
+        self.k_proj = nn.Linear(hidden, key_value, bias=architecture.qkv_bias)
+        self.v_proj = nn.Linear(hidden, key_value, bias=architecture.qkv_bias)
+        self.o_proj = nn.Linear(query, hidden, bias=architecture.output_bias)
+
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
+        # The number of heads is taken from the width: a tensor-parallel rank holds some of them.
+        q, k, v = (
+            projection(x).unflatten(-1, (-1, self.head_size))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if context.rotary is not None:
+            q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
+        queries = keys = context.boundaries
+        if cache is not None:
+            k, v, keys = cache.append(k, v)
+        out = attend(
+            q,
+            k,
+            v,
+            queries.cu_seqlens,
+            keys.cu_seqlens,
+            queries.longest,
+            keys.longest,
+            window=self.window,
+            backend=context.backend,
+        )
+        return self.o_proj(out.flatten(1))
+
+
+class MLP(nn.Module):
+    """The gated feed-forward: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, architecture: Architecture):
+        super().__init__()
+        hidden, inner, bias = architecture.hidden_size, architecture.ffn_hidden_size, architecture.mlp_bias
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
+        self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, architecture: Architecture):
+        super().__init__()
+        self.input_layernorm = RMSNorm(architecture.hidden_size, architecture.norm_epsilon)
+        self.self_attn = Attention(architecture)
+        self.post_attention_layernorm = RMSNorm(architecture.hidden_size, architecture.norm_epsilon)
+        self.mlp = MLP(architecture)
+
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        """x [tokens, hidden] -> [tokens, hidden]."""
+        x = x + self.self_attn(self.input_layernorm(x), context, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Token ids to hidden states after the final norm; `logits` takes those to the vocabulary.
+
+    Build it under `torch.device("meta")` and fill it with `initialize` or `load_weights`. `backend` chooses the
+    attention (see `attend`). `rotary_dtype` is None (fp32, or fp64 in an fp64 model) except where the roundings of
+    another implementation are wanted: transformers rotates in the weights' dtype.
+    """
+
+    def __init__(self, architecture: Architecture, *, backend: Backend = "auto"):
+        super().__init__()
+        if architecture.activation != "silu":
+            raise UserError(f"activation '{architecture.activation}' is not supported; the decoder computes 'silu'")
+        self.architecture = architecture
+        self.backend: Backend = backend
+        self.rotary_dtype: torch.dtype | None = None
+        self.embed_tokens = nn.Embedding(architecture.vocab_size, architecture.hidden_size)
+        self.layers = nn.ModuleList(Block(architecture) for _ in range(architecture.num_layers))
+        self.norm = RMSNorm(architecture.hidden_size, architecture.norm_epsilon)
+        if not architecture.tie_word_embeddings:
+            self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
+
+    @property
+    def output_weight(self) -> nn.Parameter:
+        """The head's matrix [vocabulary, hidden]: the embedding itself where they are tied."""
+        return self.embed_tokens.weight if self.architecture.tie_word_embeddings else self.lm_head.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """input_ids and positions int64 [rows, sequence] -> hidden states [rows, sequence, hidden].
+
+        cu_seqlens int32 [rows, max_documents + 1], on the host: where each row's documents begin (see
+        `flatten_boundaries`). With a `cache` the row continues the tokens that the cache holds.
+        """
+        x = self.embed_tokens(input_ids.flatten())
+        boundaries = flatten_boundaries(cu_seqlens, input_ids.shape[1], x.device)
+        table = rotary_table(
+            self.architecture.rotary,
+            self.architecture.head_size,
+            positions.flatten(),
+            dtype=self.rotary_dtype or wide(x.dtype),
+        )
+        context = Context(boundaries, table, self.backend)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, context, cache.layers[index] if cache is not None else None)
+        return self.norm(x).view(*input_ids.shape, -1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., hidden] -> [..., vocabulary]."""
+        return F.linear(hidden, self.output_weight)

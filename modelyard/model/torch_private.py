@@ -1,0 +1,40 @@
+"""What `model/` uses of torch that has changed between 2.11 and 2.13, in one place."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def _varlen_parameters() -> frozenset[str]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    names = frozenset(inspect.signature(varlen_attn).parameters)
+    if "window_size" not in names:  # before 2.11 there was `is_causal`
+        raise RuntimeError(f"torch {torch.__version__} has another varlen_attn; torch >= 2.11 is needed on CUDA")
+    return names
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *, window: int | None
+) -> Tensor:
+    """`torch.nn.attention.varlen.varlen_attn`, causal and aligned to the end of the keys (lower-right).
+
+    2.13 takes grouped keys and values as they are (`enable_gqa`); 2.11 wants as many heads as the queries have.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, bool] = {}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in _varlen_parameters():
+            options["enable_gqa"] = True
+        else:
+            repeats = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    _varlen_parameters()
+    left = -1 if window is None else window - 1  # the present token is inside our window, not inside theirs
+    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(left, 0), **options)

@@ -1,0 +1,94 @@
+"""From a config to the objects that train: device, model, weights, data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from modelyard.config.architecture import Architecture
+from modelyard.config.model import BaseModelConfig
+from modelyard.config.train import TrainConfig
+from modelyard.data.stream import DataStream
+from modelyard.errors import UserError
+from modelyard.model.decoder import Decoder
+from modelyard.model.formats import WeightSource, open_huggingface
+from modelyard.model.init import InitStd, initialize
+from modelyard.train.step import LossOptions
+
+
+def compute_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def loss_options(model: BaseModelConfig) -> LossOptions:
+    return LossOptions(
+        implementation="fused" if model.cross_entropy_impl == "triton" else model.cross_entropy_impl,
+        z_loss=model.logit_z_loss,
+        logits_scale=model.logits_scale_factor,
+    )
+
+
+def build_model(architecture: Architecture, device: torch.device) -> Decoder:
+    """A decoder with allocated fp32 parameters whose values are still to come."""
+    with torch.device("meta"):
+        model = Decoder(architecture)
+    return model.to_empty(device=device)
+
+
+def initial_weights(model: Decoder, architecture: Architecture, config: TrainConfig) -> str:
+    """Fill the parameters: from `pretrained`, or drawn by (seed, name). Returns a line that says which."""
+    pretrained = config.pretrained
+    if pretrained is not None and pretrained.model_weights:
+        copy_weights(open_huggingface(Path(pretrained.path)).weights, model, architecture)
+        return f"weights from {pretrained.path}"
+    transformer = config.model.base_model.transformer
+    seed = config.model.distributed.seed
+    std = InitStd.for_architecture(
+        architecture,
+        base=transformer.init_method_std,
+        embedding=config.model.base_model.init_method_std_embed,
+        qkv=transformer.init_method_std_qkv,
+        attention_output=transformer.init_method_std_attn_proj,
+        mlp_in=transformer.init_method_std_mlp_1,
+        mlp_out=transformer.init_method_std_mlp_2,
+    )
+    initialize(model, seed, std)
+    return f"weights drawn from seed {seed}"
+
+
+def copy_weights(source: WeightSource, model: Decoder, architecture: Architecture) -> None:
+    """Copy every parameter from `source`. Raises UserError when one is missing or has another shape."""
+    problems = []
+    available = set(source.names())
+    for name, shape in architecture.parameter_shapes().items():
+        if name not in available:
+            problems.append(f"the weights have no '{name}'")
+        elif tuple(source.shape(name)) != shape:
+            problems.append(f"'{name}' has shape {tuple(source.shape(name))} in the weights, the model needs {shape}")
+    if problems:
+        raise UserError(*problems)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(source.load(name))
+
+
+def open_stream(config: TrainConfig, name: str, architecture: Architecture) -> DataStream:
+    """The batches of `data.datasets.<name>`."""
+    if name not in config.data.datasets:
+        known = ", ".join(config.data.datasets) or "none"
+        raise UserError(f"data.datasets has no '{name}' (it has: {known})")
+    return DataStream(
+        config.data.datasets[name],
+        name=name,
+        sampling=config.data.sampling,
+        batch=config.batch,
+        vocab_size=architecture.vocab_size,
+    )
+
+
+def tokenizer_folder(config: TrainConfig, stream: DataStream) -> Path | None:
+    """The tokenizer of the data: what the config names, else the copy that the first store carries."""
+    if config.data.tokenizer.path is not None:
+        return Path(config.data.tokenizer.path)
+    return stream.tokenizer_folder

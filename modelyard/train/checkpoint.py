@@ -1,0 +1,139 @@
+"""Checkpoints: one folder an iteration, complete or absent, whose tensors any later layout can read.
+
+    <experiment_dir>/checkpoint/<iteration>/
+        .metadata, *.distcp   torch's distributed checkpoint: `model.<name>` in fp32, `optimizer.<name>.exp_avg` and
+                              `optimizer.<name>.exp_avg_sq`, full logical shapes, no entry belongs to a rank
+        state.json            iteration, optimizer steps, tokens, data position, seeds, versions, architecture
+        config.yaml           the resolved config
+        manifest.json         size and sha256 of every file
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from modelyard.config.architecture import Architecture, Rotary
+from modelyard.errors import UserError, missing_path
+from modelyard.train.files import complete_or_absent, damage, numbered_folders, write_json
+from modelyard.train.torch_private import SafeFileSystemReader
+
+FORMAT_VERSION = 1
+CHECKSUM_LIMIT = 4 * 2**30
+"""Bytes up to which a checkpoint's checksums are verified before it is used; larger ones have their sizes checked."""
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    parameters: dict[str, torch.Tensor],
+    moments: dict[str, torch.Tensor],
+    state: dict[str, Any],
+    config: dict[str, Any],
+) -> None:
+    """Write a checkpoint that appears at `folder` only once it is complete and durable."""
+    with complete_or_absent(folder) as temporary:
+        tensors = {f"model.{name}": p.detach() for name, p in parameters.items()}
+        tensors |= {f"optimizer.{name}": moment for name, moment in moments.items()}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(str(temporary), sync_files=False), no_dist=True)
+        write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, **state})
+        (temporary / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+
+class Checkpoint:
+    """A complete checkpoint folder, read tensor by tensor."""
+
+    def __init__(self, folder: Path):
+        """Raises UserError when the folder is not a checkpoint or is damaged."""
+        self.folder = folder
+        if not folder.is_dir():
+            raise UserError(f"checkpoint {missing_path(folder)}")
+        if problems := self.problems(folder):
+            raise UserError(*problems)
+        self.state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if self.state["format_version"] != FORMAT_VERSION:
+            raise UserError(
+                f"{folder} has checkpoint format {self.state['format_version']}; this version reads {FORMAT_VERSION}"
+            )
+        self._reader = SafeFileSystemReader(folder)
+        self._tensors: dict[str, TensorStorageMetadata] = self._reader.read_metadata().state_dict_metadata
+
+    @staticmethod
+    def problems(folder: Path) -> list[str]:
+        """What is wrong with the folder's files; empty when it can be used."""
+        size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+        return damage(folder, checksums=size <= CHECKSUM_LIMIT)
+
+    @property
+    def iteration(self) -> int:
+        return self.state["progress"]["iteration"]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
+
+    @property
+    def architecture(self) -> Architecture:
+        fields = dict(self.state["architecture"])
+        return Architecture(rotary=Rotary(**fields.pop("rotary")), **fields)
+
+    def load_into(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Fill `tensors` (`model.…`, `optimizer.…`) in place. Raises UserError on a missing or misshapen one."""
+        problems = []
+        for name, tensor in tensors.items():
+            if name not in self._tensors:
+                problems.append(f"{self.folder} has no tensor '{name}'")
+            elif self._tensors[name].size != tensor.shape:
+                there = tuple(self._tensors[name].size)
+                problems.append(f"{self.folder}: '{name}' has shape {there}, the config makes it {tuple(tensor.shape)}")
+        if problems:
+            raise UserError(*problems)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(dict(tensors), storage_reader=self._reader, no_dist=True)
+
+    # What the Hugging Face writer and the generator ask of any source of weights.
+
+    def names(self) -> list[str]:
+        """Logical names of the model's parameters."""
+        return [name.removeprefix("model.") for name in self._tensors if name.startswith("model.")]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[f"model.{name}"].size)
+
+    def load(self, name: str) -> torch.Tensor:
+        """One parameter, full, on the CPU, in its stored dtype."""
+        entry = self._tensors[f"model.{name}"]
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        self.load_into({f"model.{name}": tensor})
+        return tensor
+
+
+def newest_usable(directory: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose files are whole, and a line for each newer one that is not."""
+    passed_over = []
+    for folder in reversed(numbered_folders(directory)):
+        if problems := Checkpoint.problems(folder):
+            passed_over.append(f"checkpoint {folder} is damaged and is passed over: {problems[0]}")
+            continue
+        return Checkpoint(folder), passed_over
+    return None, passed_over
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """The checkpoint that `path` names: a checkpoint folder, or the newest of an experiment; None when it is neither."""
+    if (path / "state.json").is_file() and (path / ".metadata").is_file():
+        return path
+    for directory in (path / "checkpoint", path):
+        if found := numbered_folders(directory):
+            return found[-1]
+    return None

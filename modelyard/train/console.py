@@ -1,0 +1,47 @@
+"""What a run says: plain lines to standard output and to a file; on a terminal, a progress bar below them."""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+
+class Console:
+    """Prints lines; `log_file` gets them too, each with its time."""
+
+    def __init__(self, log_file: Path | None = None):
+        self._file = log_file.open("a", encoding="utf-8") if log_file else None
+        self._progress: Any = None
+
+    def start_bar(self, total: int, *, done: int) -> None:
+        """Show a bar of `total` iterations below the lines, on a terminal only."""
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._progress = Progress(
+                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
+            )
+            self._task = self._progress.add_task("", total=total, completed=done)
+            self._progress.start()
+
+    def line(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+        if self._file:
+            now = datetime.now().isoformat(sep=" ", timespec="seconds")
+            self._file.write("".join(f"{now}  {part}\n" for part in text.splitlines()))
+            self._file.flush()
+
+    def advance(self, iteration: int, loss: float) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=iteration, description=f"loss {loss:.4f}")
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if self._file:
+            self._file.close()

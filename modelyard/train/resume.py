@@ -1,0 +1,94 @@
+"""Whether a run may go on from a checkpoint under a config that has changed since."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from modelyard.config.architecture import Architecture
+from modelyard.config.optimizer import LearningRateConfig
+from modelyard.config.train import TrainConfig
+from modelyard.errors import UserError
+from modelyard.train.checkpoint import Checkpoint
+from modelyard.train.schedule import learning_rate
+
+# Where a change cannot alter what was already trained: how it is computed, not what.
+_FREE = ("batch.micro_batch_size", "data.sampling.gpu", "model.base_model.cross_entropy_impl")
+_BOUND = ("batch", "data.sampling", "optimizer", "pretrained", "model.base_model", "model.distributed")
+_BOUND_IN_DISTRIBUTED = ("seed", "training_dtype")
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` → `{"a.b": 1}`; lists are leaves."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= flatten(item, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def binding_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines `key: was X, is now Y` for each change that would alter what was already trained.
+
+    The learning rate is left out: the schedule may change from here on, and `schedule_difference` compares what it
+    was so far. Intervals, evaluators, logging, the number of iterations and the micro-batch size are free.
+    """
+    before, now = flatten(old), flatten(new)
+    return [
+        f"{key}: was {before.get(key)!r}, is now {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and _binds(key)
+    ]
+
+
+def _binds(key: str) -> bool:
+    if key in _FREE or key.startswith("optimizer.learning_rate."):
+        return False
+    if key.startswith("model.distributed."):
+        return key.removeprefix("model.distributed.") in _BOUND_IN_DISTRIBUTED
+    return any(key == section or key.startswith(section + ".") for section in _BOUND)
+
+
+def schedule_difference(old: LearningRateConfig, new: LearningRateConfig, steps: int) -> str | None:
+    """Where the new schedule departs from the old one within the first `steps` updates; None where it does not."""
+    for step in range(1, steps + 1):
+        was, is_now = learning_rate(old, step), learning_rate(new, step)
+        if was != is_now:
+            return (
+                f"optimizer.learning_rate: at step {step} of the {steps} already taken it was {was:g}, "
+                f"the schedule now says {is_now:g}"
+            )
+    return None
+
+
+def refuse_changes(
+    checkpoint: Checkpoint, config: TrainConfig, architecture: Architecture, data_fingerprint: str, *, force: bool
+) -> list[str]:
+    """Raise UserError when going on from `checkpoint` under `config` would alter what was already trained.
+
+    With `force` the differences are returned instead, as lines.
+    """
+    old = checkpoint.config
+    differences = binding_differences(old, config.model_dump(mode="json"))
+    old_rates = LearningRateConfig.model_validate(old["optimizer"]["learning_rate"])
+    new_rates = config.optimizer.learning_rate
+    if old_rates != new_rates:
+        difference = schedule_difference(old_rates, new_rates, checkpoint.state["optimizer_steps"])
+        differences += [difference] if difference else []
+    if checkpoint.architecture != architecture:
+        before, now = flatten(dataclasses.asdict(checkpoint.architecture)), flatten(dataclasses.asdict(architecture))
+        differences += [f"architecture.{k}: was {before[k]!r}, is now {now[k]!r}" for k in now if before[k] != now[k]]
+        # Another shape cannot go on at all; --force does not help.
+        if checkpoint.architecture.parameter_shapes() != architecture.parameter_shapes():
+            force = False
+    if checkpoint.state["data_fingerprint"] != data_fingerprint:
+        differences.append("data.datasets.training: the documents are not those that this run was trained on so far")
+    if differences and not force:
+        raise UserError(
+            *differences,
+            f"these changes would alter what {checkpoint.folder} was trained with: undo them, choose another "
+            "run.experiment_dir, or go on all the same with --force (not possible for another shape)",
+        )
+    return differences
+

@@ -1,0 +1,411 @@
+"""`modelyard train`: the run from its first line to its last."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import modelyard
+from modelyard.config.architecture import Architecture
+from modelyard.config.loader import Loaded
+from modelyard.config.training import EvaluatorConfig, LossEvaluatorConfig, SamplesEvaluatorConfig
+from modelyard.data.stream import DataStream, prefetched
+from modelyard.errors import UserError
+from modelyard.train.build import (
+    build_model,
+    compute_device,
+    initial_weights,
+    loss_options,
+    open_stream,
+    tokenizer_folder,
+)
+from modelyard.train.checkpoint import Checkpoint, newest_usable, save_checkpoint
+from modelyard.train.console import Console
+from modelyard.train.evaluators import evaluate_loss
+from modelyard.train.files import prune
+from modelyard.train.metrics import MetricsLog, peak_flops, peak_memory, training_line, utilization
+from modelyard.train.optimizer import Optimizer
+from modelyard.train.resume import refuse_changes
+from modelyard.train.schedule import learning_rate
+from modelyard.train.signals import StopSignal
+from modelyard.train.step import StepResult, train_step
+from modelyard.train.weights import DTYPES, Weights
+
+
+class TooManySkippedSteps(RuntimeError):
+    """Every one of the last `training.max_skipped_steps` steps had a loss or gradient that was not finite."""
+
+
+@dataclass
+class Progress:
+    """How far the run is; everything that a checkpoint holds beside tensors and configuration."""
+
+    iteration: int = 0
+    tokens: int = 0
+    """Positions consumed, padding included."""
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+
+
+class Run:
+    """Model, optimizer, data and place of one experiment, and the things that happen between steps."""
+
+    def __init__(self, loaded: Loaded, architecture: Architecture, folder: Path, *, force: bool, console: Console):
+        config = loaded.config
+        self.config, self.architecture, self.folder, self.console = config, architecture, folder, console
+        self.device = compute_device()
+        self.dtype = DTYPES[config.model.distributed.training_dtype]
+        self.loss_options = loss_options(config.model.base_model)
+        self.progress = Progress()
+        self.stop = StopSignal()
+
+        self.stream = open_stream(config, "training", architecture)
+        self.evaluation_streams = {
+            name: open_stream(config, entry.evaluator.dataset_name or name, architecture)
+            for name, entry in config.training.evaluators.items()
+            if isinstance(entry.evaluator, LossEvaluatorConfig)
+        }
+        self.test_stream = open_stream(config, "test", architecture) if config.training.test_iters else None
+        self.tokenizer_folder = tokenizer_folder(config, self.stream)
+
+        checkpoint, damaged = newest_usable(folder / "checkpoint")
+        for line in damaged:
+            console.line(f"warning: {line}")
+        if checkpoint is not None:
+            for line in refuse_changes(checkpoint, config, architecture, self.stream.fingerprint, force=force):
+                console.line(f"forced: {line}")
+
+        self.model = build_model(architecture, self.device)
+        if checkpoint is None:
+            console.line(initial_weights(self.model, architecture, config))
+        self.weights = Weights(self.model, self.dtype)
+        optimizer = config.optimizer
+        self.optimizer = Optimizer(
+            self.weights.master,
+            weight_decay=optimizer.weight_decay,
+            betas=(optimizer.beta_1, optimizer.beta_2),
+            epsilon=optimizer.epsilon,
+        )
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        self.weights.publish()
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.iteration >= self.config.training.train_iters
+
+    # Checkpoints and exports
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        moments = self.optimizer.moments()
+        checkpoint.load_into(
+            {f"model.{name}": p.data for name, p in self.weights.master.items()}
+            | {f"optimizer.{name}": moment for name, moment in moments.items()}
+        )
+        state = checkpoint.state
+        self.optimizer.load_moments(moments, state["optimizer_steps"])
+        self.progress = Progress(**state["progress"])
+        self.stream.load_state_dict(state["data"])
+
+    def save(self) -> None:
+        """Save a checkpoint of this iteration, unless it is there, then remove the ones it makes superfluous."""
+        directory = self.folder / "checkpoint"
+        settings = self.config.training.checkpoint
+        destination = directory / str(self.progress.iteration)
+        if not destination.exists():
+            begin = time.perf_counter()
+            save_checkpoint(
+                destination,
+                parameters=self.weights.master,
+                moments=self.optimizer.moments(),
+                state={
+                    "modelyard_version": modelyard.__version__,
+                    "torch_version": torch.__version__,
+                    "initialized_on": self.device.type,
+                    "progress": dataclasses.asdict(self.progress),
+                    "optimizer_steps": self.optimizer.steps,
+                    "architecture": dataclasses.asdict(self.architecture),
+                    "seed": self.config.model.distributed.seed,
+                    "data_fingerprint": self.stream.fingerprint,
+                    "data": self.stream.state_dict(),
+                },
+                config=self.config.model_dump(mode="json"),
+            )
+            self.console.line(f"saved {destination} in {time.perf_counter() - begin:.1f} s")
+        prune(directory, keep=settings.keep, forever=_kept_forever(settings.interval, settings.keep_every))
+
+    def export(self) -> None:
+        """Write the Hugging Face folder of this iteration, unless it is there."""
+        from modelyard.train.export import export_weights
+
+        settings = self.config.training.export
+        assert settings.format is not None
+        directory = self.folder / "export" / settings.format
+        destination = directory / str(self.progress.iteration)
+        if not destination.exists():
+            export_weights(
+                self.weights.master,
+                destination,
+                architecture=self.architecture,
+                config=self.config,
+                tokenizer_folder=self.tokenizer_folder,
+            )
+            self.console.line(f"exported {destination}")
+        prune(directory, keep=settings.keep, forever=_kept_forever(settings.interval, settings.keep_every))
+
+    # Evaluation
+
+    def evaluate(self, name: str, entry: EvaluatorConfig) -> dict[str, Any] | None:
+        """Run one evaluator and return its record for the metrics; None when a signal cut it short."""
+        begin = time.perf_counter()
+        if isinstance(entry.evaluator, SamplesEvaluatorConfig):
+            return self._write_samples(name, entry.evaluator)
+        stream = self.evaluation_streams[name]
+        record = self._loss_record(name, stream, entry.evaluator.iterations)
+        if record is not None:
+            record["seconds"] = time.perf_counter() - begin
+        return record
+
+    def test(self) -> dict[str, Any] | None:
+        """Loss on the dataset `test`, once training is over."""
+        assert self.test_stream is not None
+        return self._loss_record("test", self.test_stream, self.config.training.test_iters)
+
+    def _loss_record(self, name: str, stream: DataStream, iterations: int | None) -> dict[str, Any] | None:
+        evaluation = evaluate_loss(
+            self.model,
+            stream,
+            iterations=iterations or stream.batches_per_epoch(),
+            micro_batch_size=self.config.batch.micro_batch_size,
+            loss_options=self.loss_options,
+            device=self.device,
+            stop=lambda: bool(self.stop),
+        )
+        if evaluation is None:
+            return None
+        self.console.line(
+            f"evaluator {name} at iteration {self.progress.iteration}: loss {evaluation.loss:.4f} "
+            f"over {evaluation.targets:,} tokens"
+        )
+        return {
+            "iteration": self.progress.iteration,
+            "evaluator": name,
+            "loss": evaluation.loss,
+            "targets": evaluation.targets,
+            "tokens": self.progress.tokens,
+        }
+
+    def _write_samples(self, name: str, settings: SamplesEvaluatorConfig) -> dict[str, Any] | None:
+        from modelyard.generate.text import Generator, SamplingOptions
+
+        generator = Generator(self.model, self.tokenizer_folder)
+        samples = []
+        for index, prompt in enumerate(settings.prompts):
+            if self.stop:
+                return None
+            options = SamplingOptions(
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                seed=settings.seed + index,
+            )
+            text = generator.complete(prompt, options).text
+            samples.append({"prompt": prompt, "text": text})
+            self.console.line(f"{name} at iteration {self.progress.iteration}: {prompt!r} → {text!r}")
+        return {"iteration": self.progress.iteration, "evaluator": name, "samples": samples}
+
+    # Steps
+
+    def steps(self) -> Iterator[tuple[StepResult, float, float]]:
+        """Train to the last iteration; yields (result, learning rate, seconds waited for data) after each step."""
+        training, batch_config = self.config.training, self.config.batch
+        with closing(prefetched(self.stream, self.progress.iteration, training.train_iters)) as batches:
+            for batch, data_wait in batches:
+                rate = learning_rate(self.config.optimizer.learning_rate, self.optimizer.steps + 1)
+                result = train_step(
+                    self.model,
+                    self.weights,
+                    self.optimizer,
+                    batch,
+                    learning_rate=rate,
+                    micro_batch_size=batch_config.micro_batch_size,
+                    max_norm=self.config.optimizer.gradient_norm_clipping,
+                    loss_options=self.loss_options,
+                    device=self.device,
+                )
+                self.progress.iteration += 1
+                self.progress.tokens += batch.input_ids.numel()
+                if result.skipped:
+                    self._count_skip(result.skipped)
+                else:
+                    self.progress.skipped_in_a_row = 0
+                yield result, rate, data_wait
+
+    def _count_skip(self, reason: str) -> None:
+        self.progress.skipped_steps += 1
+        self.progress.skipped_in_a_row += 1
+        limit = self.config.training.max_skipped_steps
+        self.console.line(
+            f"iteration {self.progress.iteration}: {reason}; the step is skipped, weights untouched "
+            f"({self.progress.skipped_in_a_row} in a row, the run stops at {limit})"
+        )
+        if self.progress.skipped_in_a_row >= limit:
+            raise TooManySkippedSteps(
+                f"{limit} steps in a row were skipped (last: {reason}); lower optimizer.learning_rate.base, look at "
+                f"the data around iteration {self.progress.iteration}, or raise training.max_skipped_steps; "
+                f"the last checkpoint in {self.folder / 'checkpoint'} is untouched"
+            )
+
+
+def _kept_forever(interval: int | None, keep_every: int | None) -> Callable[[int], bool]:
+    """Whether an iteration's folder is one of every `keep_every`-th on the interval."""
+    every = interval * keep_every if interval and keep_every else None
+    return lambda iteration: every is not None and iteration % every == 0
+
+
+class IntervalMeter:
+    """Means and speed since the last log line, over steps alone (evaluations and saves are not counted)."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.losses: list[float] = []
+        self.seconds = self.data_wait = 0.0
+        self.tokens = 0
+
+    def add(self, result: StepResult, seconds: float, data_wait: float, tokens: int) -> None:
+        if not result.skipped:
+            self.losses.append(result.loss)
+        self.seconds += seconds
+        self.data_wait += data_wait
+        self.tokens += tokens
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def train(loaded: Loaded, *, force: bool = False) -> int:
+    """Train as the config says, from where the experiment stands. Returns the exit status."""
+    config = loaded.config
+    if loaded.architecture is None:
+        raise UserError(*loaded.warnings)
+    folder = config.run.experiment_dir
+    folder.mkdir(parents=True, exist_ok=True)
+
+    console = Console(folder / "log.txt")
+    run = Run(loaded, loaded.architecture, folder, force=force, console=console)
+    return _train(run, loaded)
+
+
+def _train(run: Run, loaded: Loaded) -> int:
+    config, training, progress, console = run.config, run.config.training, run.progress, run.console
+    begin_iteration = progress.iteration
+    _announce(run, loaded)
+    log = MetricsLog(run.folder, resumed_at=begin_iteration, tensorboard=training.logs.tensorboard)
+    console.start_bar(training.train_iters, done=begin_iteration)
+    peak = peak_flops(run.device, run.dtype)
+    meter, total = IntervalMeter(), IntervalMeter()
+
+    with run.stop, closing(console), closing(log):
+        if begin_iteration:
+            # What a kill or a signal cut off after this iteration's checkpoint was written.
+            _side_work(run, log, done=log.evaluated)
+
+        begin = time.perf_counter()
+        for result, rate, data_wait in run.steps():
+            seconds = time.perf_counter() - begin
+            for sums in (meter, total):
+                sums.add(result, seconds, data_wait, config.batch.tokens)
+            console.advance(progress.iteration, result.loss)
+            if training.logs.due(progress.iteration) or (run.finished and training.logs.interval):
+                record = _training_record(run, result, rate, meter, peak)
+                log.write(record, prefix="training")
+                pace = total.seconds / (progress.iteration - begin_iteration)
+                seconds_left = pace * (training.train_iters - progress.iteration)
+                console.line(training_line(record, training.train_iters, seconds_left))
+                meter.reset()
+            _side_work(run, log)
+            if run.stop:
+                console.line(f"stopped after iteration {progress.iteration}; the same command goes on from there")
+                return 128 + (run.stop.signum or 0)
+            if training.shutdown.due(progress.iteration) and not run.finished:
+                console.line(f"shutdown after iteration {progress.iteration}, as training.shutdown says")
+                return 0
+            begin = time.perf_counter()
+
+        if run.test_stream is not None and (test := run.test()) is not None:
+            log.write(test, prefix="test")
+        _farewell(run)
+    return 0
+
+
+def _side_work(run: Run, log: MetricsLog, *, done: Collection[str] = ()) -> None:
+    """What is due beside training after this iteration: evaluators (those `done` left out), checkpoint, export."""
+    training, iteration = run.config.training, run.progress.iteration
+    for name, entry in training.evaluators.items():
+        if (entry.due(iteration) or (run.finished and entry.interval)) and name not in done:
+            evaluation = run.evaluate(name, entry)
+            if evaluation is not None:
+                log.write(evaluation, prefix=name)
+    if training.checkpoint.due(iteration) or run.finished or run.stop:
+        run.save()
+    if not run.stop and (training.export.due(iteration) or (run.finished and training.export.interval)):
+        run.export()
+
+
+def _training_record(
+    run: Run, result: StepResult, rate: float, meter: IntervalMeter, peak: float | None
+) -> dict[str, Any]:
+    """The metrics of this iteration; `loss` is its own over its whole batch, `loss_mean` that of the log interval."""
+    speed = meter.tokens / meter.seconds
+    return {
+        "iteration": run.progress.iteration,
+        "loss": _finite(result.loss),
+        "learning_rate": rate,
+        "grad_norm": _finite(result.grad_norm),
+        "tokens": run.progress.tokens,
+        "tokens_per_second": speed,
+        "targets": result.targets,
+        "loss_mean": sum(meter.losses) / len(meter.losses) if meter.losses else None,
+        "skipped_steps": run.progress.skipped_steps,
+        "data_wait_share": meter.data_wait / meter.seconds,
+        "memory_bytes": peak_memory(run.device),
+        **utilization(run.architecture, run.config.batch.sequence_length, speed, peak),
+    }
+
+
+def _announce(run: Run, loaded: Loaded) -> None:
+    config, console = run.config, run.console
+    for notice in loaded.notices:
+        console.line(f"note: {notice}")
+    console.line(
+        f"{run.architecture.parameter_count():,} parameters, {config.model.distributed.training_dtype} on "
+        f"{run.device.type} ({torch.get_num_threads()} threads), {config.batch.tokens:,} tokens an iteration "
+        f"({config.batch.micro_batches} micro-batches)"
+    )
+    for line in run.stream.describe():
+        console.line(line)
+    if run.progress.iteration:
+        console.line(f"resuming from {run.folder / 'checkpoint' / str(run.progress.iteration)}")
+
+
+def _farewell(run: Run) -> None:
+    console, folder = run.console, run.folder
+    console.line(f"finished {run.progress.iteration} iterations, {run.progress.tokens:,} tokens")
+    console.line(f"  checkpoints  {folder / 'checkpoint'}")
+    console.line(f"  metrics      {folder / 'metrics.jsonl'}, tensorboard --logdir {folder / 'tensorboard'}")
+    if run.config.training.export.interval:
+        console.line(f"  export       {folder / 'export'}")
+    console.line(f"  try          modelyard generate {folder} --prompt '…'")

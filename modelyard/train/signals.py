@@ -1,0 +1,35 @@
+"""Ctrl-C and SIGTERM: the first asks the run to save and leave, the second leaves at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+
+class StopSignal:
+    """While entered, remembers the first SIGINT or SIGTERM in `signum`; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._before[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        if self.signum is not None:
+            os._exit(128 + signum)
+        self.signum = signum
+        name = signal.Signals(signum).name
+        os.write(2, f"\n{name}: saving after this iteration, then leaving; again to leave at once\n".encode())
+
+    def __bool__(self) -> bool:
+        return self.signum is not None

@@ -1,0 +1,60 @@
+"""The parameters twice: as the optimizer keeps them and as the model computes with them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class Weights:
+    """Master weights in fp32 (fp64 in an fp64 run) beside the model's own in the compute dtype.
+
+    Where both dtypes agree there is one set of tensors and nothing is copied. Otherwise the model's parameters are
+    the compute copies, refreshed by `publish` once an optimizer step, and each micro-batch's gradient is added to
+    the master's fp32 gradient as soon as it is complete, so that no second set of compute gradients is ever alive.
+    """
+
+    def __init__(self, model: nn.Module, compute_dtype: torch.dtype):
+        master_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
+        model.to(master_dtype)
+        self.compute: dict[str, nn.Parameter] = dict(model.named_parameters())
+        if compute_dtype == master_dtype:
+            self.master = self.compute
+            return
+        self.master = {name: nn.Parameter(p.detach().clone()) for name, p in self.compute.items()}
+        model.to(compute_dtype)
+        for name, parameter in self.compute.items():
+            parameter.register_post_accumulate_grad_hook(_accumulate_into(self.master[name]))
+
+    def publish(self) -> None:
+        """Cast the master weights to the compute dtype; the one cast of a step."""
+        if self.master is not self.compute:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self.compute.values()), list(self.master.values()))
+
+    def gradients(self) -> list[torch.Tensor]:
+        """The master gradients that exist, in the order of the parameters."""
+        return [p.grad for p in self.master.values() if p.grad is not None]
+
+    def zero_gradients(self) -> None:
+        for parameter in self.master.values():
+            parameter.grad = None
+
+
+def _accumulate_into(master: nn.Parameter):
+    def add(parameter: torch.Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        if master.grad is None:
+            master.grad = gradient.to(master.dtype)
+        else:
+            master.grad.add_(gradient)
+
+    return add
