@@ -6,7 +6,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic.fields import FieldInfo
 
 
 class Section(BaseModel):
@@ -19,16 +20,23 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, use_attribute_docstrings=True)
 
-    @field_validator("*", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, float) and value.is_integer() or isinstance(value, str):
-            allowed = _alternatives(cls.model_fields[info.field_name or ""].annotation)
-            if isinstance(value, float) and int in allowed and float not in allowed:
-                return int(value)
-            if isinstance(value, str) and Path in allowed and str not in allowed and value:
-                return Path(value).expanduser()
+    def _as_written(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: _as_meant(value, cls.model_fields.get(name)) for name, value in values.items()}
+
+
+def _as_meant(value: Any, field: FieldInfo | None) -> Any:
+    if field is None or not isinstance(value, float | str):
         return value
+    allowed = _alternatives(field.annotation)
+    if isinstance(value, float) and value.is_integer() and int in allowed and float not in allowed:
+        return int(value)
+    if isinstance(value, str) and value and Path in allowed and str not in allowed:
+        return Path(value).expanduser()
+    return value
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:

@@ -40,15 +40,12 @@ def _check_kind(value: Any) -> Any:
             {"kind": kind, "reason": REFUSED_DATASET_TYPES[kind]},
         )
     if kind not in DATASET_TYPES:
+        what = f"unknown dataset type {kind!r}" if kind else "a dataset needs a type"
+        hint = did_you_mean(str(kind), DATASET_TYPES)
         raise PydanticCustomError(
             "dataset_type_unknown",
-            "{what}: one of {types}",
-            {
-                "what": f"unknown dataset type {kind!r}{did_you_mean(str(kind), DATASET_TYPES)}"
-                if kind
-                else "a dataset needs a type",
-                "types": ", ".join(DATASET_TYPES),
-            },
+            "{what} (one of {types}){hint}",
+            {"what": what, "types": ", ".join(DATASET_TYPES), "hint": hint},
         )
     return value
 

@@ -92,6 +92,9 @@ def parse_override(text: str, number: int) -> Document:
 
 def _compose(text: str, name: str) -> yaml.Node | None:
     try:
+        for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            if isinstance(token, yaml.TagToken):
+                raise UserError(f"{name}:{token.start_mark.line + 1}: tags (`!...`) are not read; quote text instead")
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -122,7 +125,7 @@ class _Builder:
 
     def value(self, node: yaml.Node, path: KeyPath) -> Any:
         if isinstance(node, yaml.ScalarNode):
-            return self._scalar(node)
+            return parse_scalar(node.value) if node.style is None else node.value
         if id(node) in self._inside:
             self._complain(node, "an alias (`*name`) that contains itself")
             return None
@@ -131,13 +134,6 @@ class _Builder:
             return self._mapping(node, path) if isinstance(node, yaml.MappingNode) else self._list(node, path)
         finally:
             self._inside.discard(id(node))
-
-    def _scalar(self, node: yaml.ScalarNode) -> Any:
-        if not node.tag.startswith("tag:yaml.org,2002:"):
-            self._complain(node, f"the tag {node.tag} is not read; write plain YAML")
-        quoted = node.style is not None or node.tag == "tag:yaml.org,2002:str" and parse_scalar(node.value) != node.value
-        explicit_text = node.tag == "tag:yaml.org,2002:str" and not _plain_reads_as_text(node.value)
-        return node.value if quoted and (node.style is not None or explicit_text) else parse_scalar(node.value)
 
     def _list(self, node: yaml.Node, path: KeyPath) -> list[Any]:
         values = []
@@ -187,6 +183,3 @@ class _Builder:
     def _complain(self, node: yaml.Node, problem: str) -> None:
         self.problems.append(f"{self._origin(node)}: {problem}")
 
-
-def _plain_reads_as_text(text: str) -> bool:
-    return yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False)) == "tag:yaml.org,2002:str"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from modelyard.model.elementwise import wide
+from modelyard.dtypes import wide
 from modelyard.model.torch_private import varlen_attention
 
 Backend = Literal["auto", "dense", "loop", "varlen"]
@@ -41,6 +41,11 @@ def flatten_boundaries(cu_seqlens: Tensor, sequence_length: int, device: torch.d
     flat = torch.cat([rows.new_zeros(1), ends.flatten()]).unique_consecutive()
     longest = int(flat.diff().max())
     return Boundaries(flat.to(device, torch.int32, non_blocking=True), longest)
+
+
+def one_document(tokens: int, device: torch.device) -> Boundaries:
+    """The boundaries of a stretch that is one document."""
+    return Boundaries(torch.tensor([0, tokens], dtype=torch.int32, device=device), tokens)
 
 
 def attend(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from modelyard.config.architecture import Architecture
-from modelyard.model.attention import Boundaries
 
 _CHUNK = 256  # tokens: small models decode short texts, long ones double their room each time
 
@@ -19,16 +17,15 @@ class LayerCache:
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Boundaries]:
-        """Add new tokens; all keys, all values, and the boundaries of that one document."""
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add new tokens; all keys and values so far, [tokens, groups, head_size] each."""
         end = self.length + k.shape[0]
         self._keys = self._with_room(self._keys, k, end)
         self._values = self._with_room(self._values, v, end)
         self._keys[self.length : end] = k
         self._values[self.length : end] = v
         self.length = end
-        boundaries = Boundaries(torch.tensor([0, end], dtype=torch.int32, device=k.device), end)
-        return self._keys[:end], self._values[:end], boundaries
+        return self._keys[:end], self._values[:end]
 
     def _with_room(self, buffer: Tensor | None, new: Tensor, end: int) -> Tensor:
         if buffer is not None and buffer.shape[0] >= end:

@@ -13,17 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modelyard.config.architecture import Architecture
+from modelyard.dtypes import wide
 from modelyard.errors import UserError
-from modelyard.model.attention import Backend, Boundaries, attend, flatten_boundaries
+from modelyard.model.attention import Backend, Boundaries, attend, flatten_boundaries, one_document
 from modelyard.model.cache import KeyValueCache, LayerCache
-from modelyard.model.elementwise import rms_norm, rotate, swiglu, wide
+from modelyard.model.elementwise import rms_norm, rotate, swiglu
 from modelyard.model.rotary import rotary_table
 
 
 class Context(NamedTuple):
     """What every block of one forward shares."""
 
-    boundaries: Boundaries
+    queries: Boundaries
+    keys: Boundaries
+    """As the queries', unless a cache holds keys of earlier tokens."""
     rotary: tuple[Tensor, Tensor] | None
     """cos and sin, each [tokens, 1, head_size / 2]."""
     backend: Backend
@@ -61,9 +64,9 @@ class Attention(nn.Module):
         )
         if context.rotary is not None:
             q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
-        queries = keys = context.boundaries
         if cache is not None:
-            k, v, keys = cache.append(k, v)
+            k, v = cache.append(k, v)
+        queries, keys = context.queries, context.keys
         out = attend(
             q,
             k,
@@ -117,7 +120,9 @@ class Decoder(nn.Module):
     def __init__(self, architecture: Architecture, *, backend: Backend = "auto"):
         super().__init__()
         if architecture.activation != "silu":
-            raise UserError(f"activation '{architecture.activation}' is not supported; the decoder computes 'silu'")
+            raise UserError(
+                f"activation '{architecture.activation}' is not supported; the decoder computes 'silu'"
+            )
         self.architecture = architecture
         self.backend: Backend = backend
         self.rotary_dtype: torch.dtype | None = None
@@ -145,14 +150,16 @@ class Decoder(nn.Module):
         `flatten_boundaries`). With a `cache` the row continues the tokens that the cache holds.
         """
         x = self.embed_tokens(input_ids.flatten())
-        boundaries = flatten_boundaries(cu_seqlens, input_ids.shape[1], x.device)
+        queries = keys = flatten_boundaries(cu_seqlens, input_ids.shape[1], x.device)
+        if cache is not None:
+            keys = one_document(cache.length + x.shape[0], x.device)
         table = rotary_table(
             self.architecture.rotary,
             self.architecture.head_size,
             positions.flatten(),
             dtype=self.rotary_dtype or wide(x.dtype),
         )
-        context = Context(boundaries, table, self.backend)
+        context = Context(queries, keys, table, self.backend)
         for index, layer in enumerate(self.layers):
             x = layer(x, context, cache.layers[index] if cache is not None else None)
         return self.norm(x).view(*input_ids.shape, -1)

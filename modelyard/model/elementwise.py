@@ -14,10 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to normalise, rotate or take a softmax in: fp32, or fp64 where the model is fp64."""
-    return torch.promote_types(dtype, torch.float32)
+from modelyard.dtypes import wide
 
 
 # --- RMSNorm ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,9 @@ def _varlen_parameters() -> frozenset[str]:
 
     names = frozenset(inspect.signature(varlen_attn).parameters)
     if "window_size" not in names:  # before 2.11 there was `is_causal`
-        raise RuntimeError(f"torch {torch.__version__} has another varlen_attn; torch >= 2.11 is needed on CUDA")
+        raise RuntimeError(
+            f"torch {torch.__version__} has another varlen_attn; torch >= 2.11 is needed on CUDA"
+        )
     return names
 
 

@@ -1,14 +1,22 @@
-"""The loss on held-out data."""
+"""What is measured beside training: the loss on held-out data, and text written from prompts."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from modelyard.config.architecture import Architecture
+from modelyard.config.train import TrainConfig
+from modelyard.config.training import EvaluatorConfig, LossEvaluatorConfig, SamplesEvaluatorConfig
 from modelyard.data.stream import DataStream
+from modelyard.errors import UserError
 from modelyard.model.decoder import Decoder
+from modelyard.train.build import loss_options, open_stream
 from modelyard.train.step import LossOptions, loss_sum, micro_batches
 
 
@@ -25,7 +33,7 @@ def evaluate_loss(
     *,
     iterations: int,
     micro_batch_size: int,
-    loss_options: LossOptions,
+    options: LossOptions,
     device: torch.device,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
@@ -39,5 +47,91 @@ def evaluate_loss(
             batch = stream.batch(index)
             targets += batch.num_targets
             for micro_batch in micro_batches(batch, micro_batch_size, device):
-                total += loss_sum(model, micro_batch, loss_options)
+                total += loss_sum(model, micro_batch, options)
     return Evaluation(total.item() / max(targets, 1), targets)
+
+
+class Evaluators:
+    """The evaluators of a config, ready to run on a model; `stop` is asked between batches and prompts."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        architecture: Architecture,
+        *,
+        device: torch.device,
+        tokenizer_folder: Path | None,
+        say: Callable[[str], None],
+        stop: Callable[[], bool] = lambda: False,
+    ):
+        self._config, self._device, self._say, self._stop = config, device, say, stop
+        self._tokenizer_folder = tokenizer_folder
+        self._options = loss_options(config.model.base_model)
+        entries = config.training.evaluators
+        self._streams = {
+            name: open_stream(config, entry.evaluator.dataset_name or name, architecture)
+            for name, entry in entries.items()
+            if isinstance(entry.evaluator, LossEvaluatorConfig)
+        }
+        if config.training.test_iters:
+            self._streams["test"] = open_stream(config, "test", architecture)
+        if tokenizer_folder is None and any(isinstance(e.evaluator, SamplesEvaluatorConfig) for e in entries.values()):
+            raise UserError("a samples evaluator needs a tokenizer: prepare the data again, or set data.tokenizer.path")
+
+    def run(self, name: str, entry: EvaluatorConfig, model: Decoder, iteration: int) -> dict[str, Any] | None:
+        """Run one evaluator; returns its record for the metrics, None when it was told to stop."""
+        if isinstance(entry.evaluator, SamplesEvaluatorConfig):
+            return self._samples(name, entry.evaluator, model, iteration)
+        return self._loss(name, entry.evaluator.iterations, model, iteration)
+
+    def test(self, model: Decoder, iteration: int) -> dict[str, Any] | None:
+        """Loss on the dataset `test`, as `training.test_iters` says."""
+        return self._loss("test", self._config.training.test_iters, model, iteration)
+
+    def _loss(self, name: str, iterations: int | None, model: Decoder, iteration: int) -> dict[str, Any] | None:
+        begin = time.perf_counter()
+        stream = self._streams[name]
+        evaluation = evaluate_loss(
+            model,
+            stream,
+            iterations=iterations or stream.batches_per_epoch(),
+            micro_batch_size=self._config.batch.micro_batch_size,
+            options=self._options,
+            device=self._device,
+            stop=self._stop,
+        )
+        if evaluation is None:
+            return None
+        self._say(
+            f"evaluator {name} at iteration {iteration}: loss {evaluation.loss:.4f} over {evaluation.targets:,} tokens"
+        )
+        return {
+            "iteration": iteration,
+            "evaluator": name,
+            "loss": evaluation.loss,
+            "targets": evaluation.targets,
+            "seconds": time.perf_counter() - begin,
+        }
+
+    def _samples(
+        self, name: str, settings: SamplesEvaluatorConfig, model: Decoder, iteration: int
+    ) -> dict[str, Any] | None:
+        from modelyard.generate.text import Generator, SamplingOptions
+
+        assert self._tokenizer_folder is not None
+        generator = Generator(model, self._tokenizer_folder)
+        samples = []
+        for index, prompt in enumerate(settings.prompts):
+            if self._stop():
+                return None
+            options = SamplingOptions(
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                seed=settings.seed + index,
+            )
+            text = generator.complete(prompt, options).text
+            samples.append({"prompt": prompt, "text": text})
+            self._say(f"{name} at iteration {iteration}: {prompt!r} → {text!r}")
+        return {"iteration": iteration, "evaluator": name, "samples": samples}

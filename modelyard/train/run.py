@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
@@ -17,8 +16,7 @@ import torch
 import modelyard
 from modelyard.config.architecture import Architecture
 from modelyard.config.loader import Loaded
-from modelyard.config.training import EvaluatorConfig, LossEvaluatorConfig, SamplesEvaluatorConfig
-from modelyard.data.stream import DataStream, prefetched
+from modelyard.data.stream import prefetched
 from modelyard.errors import UserError
 from modelyard.train.build import (
     build_model,
@@ -30,7 +28,7 @@ from modelyard.train.build import (
 )
 from modelyard.train.checkpoint import Checkpoint, newest_usable, save_checkpoint
 from modelyard.train.console import Console
-from modelyard.train.evaluators import evaluate_loss
+from modelyard.train.evaluators import Evaluators
 from modelyard.train.files import prune
 from modelyard.train.metrics import MetricsLog, peak_flops, peak_memory, training_line, utilization
 from modelyard.train.optimizer import Optimizer
@@ -69,13 +67,16 @@ class Run:
         self.stop = StopSignal()
 
         self.stream = open_stream(config, "training", architecture)
-        self.evaluation_streams = {
-            name: open_stream(config, entry.evaluator.dataset_name or name, architecture)
-            for name, entry in config.training.evaluators.items()
-            if isinstance(entry.evaluator, LossEvaluatorConfig)
-        }
-        self.test_stream = open_stream(config, "test", architecture) if config.training.test_iters else None
         self.tokenizer_folder = tokenizer_folder(config, self.stream)
+
+        self.evaluators = Evaluators(
+            config,
+            architecture,
+            device=self.device,
+            tokenizer_folder=self.tokenizer_folder,
+            say=console.line,
+            stop=lambda: bool(self.stop),
+        )
 
         checkpoint, damaged = newest_usable(folder / "checkpoint")
         for line in damaged:
@@ -161,68 +162,6 @@ class Run:
             )
             self.console.line(f"exported {destination}")
         prune(directory, keep=settings.keep, forever=_kept_forever(settings.interval, settings.keep_every))
-
-    # Evaluation
-
-    def evaluate(self, name: str, entry: EvaluatorConfig) -> dict[str, Any] | None:
-        """Run one evaluator and return its record for the metrics; None when a signal cut it short."""
-        begin = time.perf_counter()
-        if isinstance(entry.evaluator, SamplesEvaluatorConfig):
-            return self._write_samples(name, entry.evaluator)
-        stream = self.evaluation_streams[name]
-        record = self._loss_record(name, stream, entry.evaluator.iterations)
-        if record is not None:
-            record["seconds"] = time.perf_counter() - begin
-        return record
-
-    def test(self) -> dict[str, Any] | None:
-        """Loss on the dataset `test`, once training is over."""
-        assert self.test_stream is not None
-        return self._loss_record("test", self.test_stream, self.config.training.test_iters)
-
-    def _loss_record(self, name: str, stream: DataStream, iterations: int | None) -> dict[str, Any] | None:
-        evaluation = evaluate_loss(
-            self.model,
-            stream,
-            iterations=iterations or stream.batches_per_epoch(),
-            micro_batch_size=self.config.batch.micro_batch_size,
-            loss_options=self.loss_options,
-            device=self.device,
-            stop=lambda: bool(self.stop),
-        )
-        if evaluation is None:
-            return None
-        self.console.line(
-            f"evaluator {name} at iteration {self.progress.iteration}: loss {evaluation.loss:.4f} "
-            f"over {evaluation.targets:,} tokens"
-        )
-        return {
-            "iteration": self.progress.iteration,
-            "evaluator": name,
-            "loss": evaluation.loss,
-            "targets": evaluation.targets,
-            "tokens": self.progress.tokens,
-        }
-
-    def _write_samples(self, name: str, settings: SamplesEvaluatorConfig) -> dict[str, Any] | None:
-        from modelyard.generate.text import Generator, SamplingOptions
-
-        generator = Generator(self.model, self.tokenizer_folder)
-        samples = []
-        for index, prompt in enumerate(settings.prompts):
-            if self.stop:
-                return None
-            options = SamplingOptions(
-                max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                seed=settings.seed + index,
-            )
-            text = generator.complete(prompt, options).text
-            samples.append({"prompt": prompt, "text": text})
-            self.console.line(f"{name} at iteration {self.progress.iteration}: {prompt!r} → {text!r}")
-        return {"iteration": self.progress.iteration, "evaluator": name, "samples": samples}
 
     # Steps
 
@@ -319,7 +258,7 @@ def _train(run: Run, loaded: Loaded) -> int:
     meter, total = IntervalMeter(), IntervalMeter()
 
     with run.stop, closing(console), closing(log):
-        if begin_iteration:
+        if begin_iteration or run.finished:
             # What a kill or a signal cut off after this iteration's checkpoint was written.
             _side_work(run, log, done=log.evaluated)
 
@@ -345,7 +284,7 @@ def _train(run: Run, loaded: Loaded) -> int:
                 return 0
             begin = time.perf_counter()
 
-        if run.test_stream is not None and (test := run.test()) is not None:
+        if training.test_iters and (test := run.evaluators.test(run.model, progress.iteration)) is not None:
             log.write(test, prefix="test")
         _farewell(run)
     return 0
@@ -356,9 +295,11 @@ def _side_work(run: Run, log: MetricsLog, *, done: Collection[str] = ()) -> None
     training, iteration = run.config.training, run.progress.iteration
     for name, entry in training.evaluators.items():
         if (entry.due(iteration) or (run.finished and entry.interval)) and name not in done:
-            evaluation = run.evaluate(name, entry)
+            evaluation = run.evaluators.run(name, entry, run.model, iteration)
             if evaluation is not None:
                 log.write(evaluation, prefix=name)
+    if iteration == 0:
+        return
     if training.checkpoint.due(iteration) or run.finished or run.stop:
         run.save()
     if not run.stop and (training.export.due(iteration) or (run.finished and training.export.interval)):

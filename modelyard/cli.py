@@ -1,0 +1,311 @@
+"""The command line: one verb, one function. Each imports what it needs when it is called, so that help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from modelyard import __version__
+from modelyard.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from modelyard.config.loader import Loaded
+
+# Words that the guides put between the verb and the config: `train gpt --config X`, `prepare gpt_memmap --config X`.
+GUIDE_WORDS = ("gpt", "gpt_memmap")
+
+OVERRIDES = """\
+Several files are merged, later ones win; KEY=VALUE overrides win over files. Order on the line does not matter."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status: 0, or 2 where the user has something to change."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(words)
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe (`| head`) left; that is no error of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if words[0] in ("-V", "--version", "version"):
+        print(f"modelyard {__version__}")
+        return 0
+    name, rest = words[0], words[1:]
+    if name == "tokenizer" and rest[:1] == ["train"]:
+        name, rest = "tokenizer train", rest[1:]
+    if name not in VERBS:
+        raise UserError(f"'{name}' is not a verb{did_you_mean(name, VERBS)} (modelyard --help lists them)")
+    verb = VERBS[name]
+    parser = argparse.ArgumentParser(
+        prog=f"modelyard {name}",
+        description=verb.summary,
+        epilog=verb.details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    verb.add_arguments(parser)
+    return verb.run(parser.parse_intermixed_args(rest))
+
+
+# Arguments that several verbs share
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="*", metavar="CONFIG|KEY=VALUE", help="YAML files and dotted overrides")
+    parser.add_argument("-c", "--config", action="append", default=[], metavar="CONFIG", help="a YAML file (as in the guides)")
+
+
+def _load(options: argparse.Namespace, kind: str | None) -> Loaded:
+    """The config from the words and options of the command line."""
+    from modelyard.config.loader import load_config
+
+    words = list(options.words)
+    if words and words[0] in GUIDE_WORDS and not Path(words[0]).exists():
+        words.pop(0)
+    overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    files = [Path(word) for word in [*options.config, *(word for word in words if word not in overrides)]]
+    if not files:
+        raise UserError("no config given: name a YAML file, for instance `modelyard validate examples/train-tiny.yaml`")
+    return load_config(files, overrides, kind=kind)
+
+
+# train
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument("-v", "--validate", action="store_true", help="only check the config, as `modelyard validate` does")
+    parser.add_argument("--force", action="store_true", help="go on although the config changed what was trained so far")
+
+
+def _train(options: argparse.Namespace) -> int:
+    if options.validate:
+        return _validate(options)
+    loaded = _load(options, "train")
+    from modelyard.train.run import train
+
+    return train(loaded, force=options.force)
+
+
+# validate, schema
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from modelyard.config.summary import summarise
+
+    loaded = _load(options, None)
+    for notice in loaded.notices:
+        print(f"note: {notice}")
+    text, problems, warnings = summarise(loaded)
+    print(text)
+    for warning in warnings:
+        print(f"warning: {warning}")
+    if problems:
+        raise UserError(*problems)
+    print("valid" if not warnings else f"valid, with {len(warnings)} warning{'s' if len(warnings) > 1 else ''}")
+    return 0
+
+
+def _schema_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kind", choices=("train", "prepare"), default="train", help="which config (default: train)")
+
+
+def _schema(options: argparse.Namespace) -> int:
+    import json
+
+    from modelyard.config.schema import json_schema
+
+    print(json.dumps(json_schema(options.kind), indent=2))
+    return 0
+
+
+# prepare, tokenizer train
+
+
+def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in output_path")
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from modelyard.data.prepare import run_prepare
+
+    loaded = _load(options, "prepare")
+    for notice in loaded.notices:
+        print(f"note: {notice}")
+    return run_prepare(loaded.config, overwrite=options.overwrite)
+
+
+def _tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, special ones included")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write (default: the config's tokenizer.path)")
+
+
+def _tokenizer_train(options: argparse.Namespace) -> int:
+    from modelyard.data.tokenizer import run_tokenizer_train
+
+    loaded = _load(options, "prepare")
+    return run_tokenizer_train(loaded.config, output=options.output, vocab_size=options.vocab_size)
+
+
+# evaluate, generate, convert
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="which (default: the newest of run.experiment_dir)")
+    parser.add_argument("--json", action="store_true", help="one JSON line an evaluator")
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    loaded = _load(options, "train")
+    from modelyard.train.evaluate import evaluate
+
+    return evaluate(loaded, checkpoint=options.checkpoint, as_json=options.json)
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face folder, checkpoint, or experiment folder")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    parser.add_argument("--prompt-file", action="append", type=Path, default=[], metavar="FILE", help="a whole file as a prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 always takes the likeliest (default: 1)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: all)")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the smallest set that holds P (default: all)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), help="default: the weights' own")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: the one beside the model")
+    parser.add_argument("--json", action="store_true", help="one line a prompt: prompt, text, token_ids")
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from modelyard.generate.command import generate_command
+
+    return generate_command(options)
+
+
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="checkpoint, experiment folder or Hugging Face folder")
+    parser.add_argument("destination", type=Path, metavar="DESTINATION", help="folder to write; must not exist")
+    parser.add_argument("--format", choices=("llama", "qwen2", "mistral"), help="family (default: as the source)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16; Hugging Face: its own")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer to put beside (default: the source's)")
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from modelyard.train.export import convert
+
+    return convert(
+        options.source,
+        options.destination,
+        family=options.format,
+        dtype=options.dtype,
+        tokenizer_folder=options.tokenizer,
+    )
+
+
+@dataclass(frozen=True)
+class Verb:
+    summary: str
+    details: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+VERBS: dict[str, Verb] = {
+    "train": Verb(
+        "Train as the config says, or go on where the experiment stopped.",
+        f"""{OVERRIDES}
+examples:
+  modelyard train examples/train-tiny.yaml
+  modelyard train base.yaml training.train_iters=50 model.base_model.transformer.num_layers=4
+  modelyard train gpt --config base.yaml           (the guides' words)""",
+        _train_arguments,
+        _train,
+    ),
+    "validate": Verb(
+        "Everything that can be known of a config before starting: shape, sizes, schedule, problems.",
+        f"""{OVERRIDES}
+Data or weights that are not there yet are warnings (exit status 0); a config that cannot run exits with 2.
+examples:
+  modelyard validate train.yaml
+  modelyard validate llama-3.1-8b-train.yaml llama-3.1-8b-architecture-part.yaml""",
+        _config_arguments,
+        _validate,
+    ),
+    "schema": Verb(
+        "Print the JSON schema of a config, for editors that complete and check YAML.",
+        "example:\n  modelyard schema --kind train > train.schema.json",
+        _schema_arguments,
+        _schema,
+    ),
+    "prepare": Verb(
+        "Turn text into a token store.",
+        f"""{OVERRIDES}
+examples:
+  modelyard prepare examples/prepare-text.yaml
+  modelyard prepare examples/prepare-code.yaml output_path=/data/code tokenize_workers=16""",
+        _prepare_arguments,
+        _prepare,
+    ),
+    "tokenizer train": Verb(
+        "Train a byte-level BPE tokenizer on the sources of a prepare config.",
+        "example:\n  modelyard tokenizer train examples/prepare-code.yaml --vocab-size 4096 --output tokenizer",
+        _tokenizer_arguments,
+        _tokenizer_train,
+    ),
+    "evaluate": Verb(
+        "Run the config's evaluators on its newest checkpoint, or on a named one.",
+        "examples:\n  modelyard evaluate train.yaml\n  modelyard evaluate train.yaml --checkpoint runs/a/checkpoint/1000",
+        _evaluate_arguments,
+        _evaluate,
+    ),
+    "generate": Verb(
+        "Continue prompts with a model.",
+        """examples:
+  modelyard generate runs/a --prompt 'def fibonacci(n):' --temperature 0
+  modelyard generate Llama-3.1-8B --prompt-file question.txt --top-p 0.9 --json""",
+        _generate_arguments,
+        _generate,
+    ),
+    "convert": Verb(
+        "Write a folder that transformers loads.",
+        "example:\n  modelyard convert runs/a/checkpoint/1000 my-model --format llama",
+        _convert_arguments,
+        _convert,
+    ),
+}
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
+    return f"""\
+modelyard {__version__}: train Llama- and Qwen-class language models end to end, from one YAML file.
+
+usage: modelyard VERB [CONFIG ...] [KEY=VALUE ...] [options]
+
+{verbs}
+
+`modelyard VERB --help` has the options and examples of a verb.
+start here:
+  modelyard prepare examples/prepare-code.yaml && modelyard train examples/train-tiny.yaml"""

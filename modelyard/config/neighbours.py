@@ -1,0 +1,205 @@
+"""Keys of the dialect that Modelyard reads without acting on them: harmless values pass, others are refused by name.
+
+Everything that has an effect is a field of a section. What is left is two tables: keys that can be anything because
+nothing here depends on them (`NO_EFFECT`, shown by `modelyard validate`), and keys of features that are not built,
+accepted at the value that switches the feature off (`NOT_BUILT`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from modelyard.config.document import Document, KeyPath
+
+
+@dataclass(frozen=True)
+class NoEffect:
+    """A key that is accepted and does nothing here, and why."""
+
+    key: str
+    kind: type
+    """Type its value must have (or null); `dict` accepts a whole section."""
+    why: str
+
+    @property
+    def path(self) -> KeyPath:
+        return tuple(self.key.split("."))
+
+
+@dataclass(frozen=True)
+class NotBuilt:
+    """A key of a feature that is not there: accepted at `harmless`, refused otherwise."""
+
+    key: str
+    harmless: tuple[Any, ...]
+    instead: str
+    """What to do about it, or why it is not there."""
+
+    @property
+    def path(self) -> KeyPath:
+        return tuple(self.key.split("."))
+
+
+_TRANSFORMER = "model.base_model.transformer"
+_DISTRIBUTED = "model.distributed"
+_NEVER = (None,)
+
+NO_EFFECT = (
+    NoEffect("training.num_workers", int, "batches are read from memory-mapped stores, without worker processes"),
+    NoEffect("training.prefetch_factor", int, "as num_workers"),
+    NoEffect("training.timeout", float, "a limit on waiting for other processes; there is one process"),
+    NoEffect("training.export.parameters_per_file", int, "export shards have the size that transformers gives them"),
+    NoEffect("pretrained.timeout", float, "a limit on waiting for other processes; there is one process"),
+    NoEffect("model.base_model.cross_entropy_splits", int, "the fused cross-entropy chooses its own pieces"),
+    NoEffect("model.base_model.parallel_embeddings", bool, "tensor-parallel only"),
+    NoEffect("model.base_model.sequence_first", bool, "an order of dimensions in memory"),
+    NoEffect(f"{_TRANSFORMER}.use_flash_attention", bool, "the fastest attention of the hardware is always used"),
+    NoEffect(f"{_TRANSFORMER}.rotary.triton", bool, "chooses a kernel; exports have one layout"),
+    NoEffect(f"{_TRANSFORMER}.normalization.implementation", str, "chooses a kernel"),
+    NoEffect(f"{_TRANSFORMER}.mlp_recompute_level", str, "saves memory only; nothing is recomputed yet"),
+    NoEffect("model.multi_stage.zero_stage", int, "one process holds all weights, gradients and optimizer state"),
+    NoEffect("model.multi_stage.num_grad_buffers", int, "as zero_stage"),
+    NoEffect("model.multi_stage.num_weight_buffers", int, "as zero_stage"),
+    NoEffect("model.multi_stage.full_precision_gradients", bool, "gradients are always summed in float32"),
+    NoEffect(f"{_DISTRIBUTED}.timeout", float, "a limit on waiting for other processes; there is one process"),
+    NoEffect(f"{_DISTRIBUTED}.reproducible_init", bool, "initial weights never depend on the layout"),
+    NoEffect("optimizer.gradient_scaler", dict, "only float16 needs a scaled loss"),
+    NoEffect("run.experiment_name", str, "a label; the folder's name is the run's"),
+    NoEffect("run.structured_logs", bool, "metrics.jsonl is always written"),
+    NoEffect("run.log_timestamps", bool, "lines of metrics.jsonl carry the time"),
+    NoEffect("run.enable_all_loggers", bool, "there is one logger"),
+    NoEffect("run.torch_dynamo_enable", bool, "chooses how kernels are made"),
+    NoEffect("run.enable_triton_kernels", bool, "chooses kernels"),
+    NoEffect("run.triton_linear_kernels", bool, "chooses kernels"),
+    NoEffect("schedule.pipeline_overlap", bool, "pipeline parallelism only"),
+    NoEffect("schedule.data_overlap", bool, "data parallelism only"),
+    NoEffect("schedule.throttle_cpu", bool, "the host is never far ahead"),
+    NoEffect("schedule.throttle_cpu_rate", int, "as throttle_cpu"),
+    NoEffect("schedule.throttle_cpu_delay", int, "as throttle_cpu"),
+    NoEffect("schedule.data_batch_warn_time_ms", float, "the log line shows what is slow"),
+    NoEffect("data.data_sample_warn_time_ms", float, "the log line shows what is slow"),
+    NoEffect("data.multiprocessing_context", str, "batches are read without worker processes"),
+)
+
+NOT_BUILT = (
+    NotBuilt("training.wandb.entity_name", _NEVER, "Weights & Biases is not supported yet; metrics.jsonl and TensorBoard are written"),
+    NotBuilt("training.wandb.project_name", ("fast_llm", None), "Weights & Biases is not supported yet; remove it"),
+    NotBuilt("training.wandb.group_name", ("default", None), "Weights & Biases is not supported yet; remove it"),
+    NotBuilt("training.wandb.alert", ({}, None), "Weights & Biases is not supported yet; remove it"),
+    NotBuilt("training.checkpoint.callback", ({}, None), "shell callbacks are not run"),
+    NotBuilt("training.export.callback", ({}, None), "shell callbacks are not run"),
+    NotBuilt("training.export.model_weights", (True,), "an export is its weights; set export.interval: null for none"),
+    NotBuilt("training.export.optimizer_state", (False, None), "checkpoints hold the optimizer state, exports do not"),
+    NotBuilt("batch.breadth_first_micro_batches", (1, None), "pipeline parallelism is not supported yet; use micro_batch_size"),
+    NotBuilt("batch.micro_sequence_length", _NEVER, "rows are not split along the sequence yet; use a smaller micro_batch_size"),
+    NotBuilt("data.fim", ({}, None), "fill-in-the-middle is not supported yet"),
+    NotBuilt("data.tokenizer.bos_token", _NEVER, "the tokenizer's own is used"),
+    NotBuilt("optimizer.default_learning_rate_scale", (1, 1.0), "write the rate in optimizer.learning_rate.base"),
+    NotBuilt("pretrained.optimizer_state", (False,), "a Hugging Face folder has none; a run resumes from its own checkpoints"),
+    NotBuilt("reference_models", ({}, None), "distillation and DPO are not supported yet"),
+    NotBuilt("model.base_model.prediction_heads", (1,), "several prediction heads are not supported"),
+    NotBuilt("model.base_model.prediction_loss_coefficient", _NEVER, "several prediction heads are not supported"),
+    NotBuilt("model.base_model.embeddings_lr_scale", (1, 1.0, None), "one learning rate holds for all parameters"),
+    NotBuilt("model.base_model.output_lr_scale", (1, 1.0, None), "one learning rate holds for all parameters"),
+    NotBuilt("model.base_model.distillation_model", _NEVER, "distillation is not supported yet"),
+    NotBuilt("model.base_model.enable_dpo", (False, None), "preference tuning is not supported yet"),
+    NotBuilt("model.base_model.dpo_beta", (1, 1.0, None), "preference tuning is not supported yet"),
+    NotBuilt("model.base_model.dpo_reference_model", _NEVER, "preference tuning is not supported yet"),
+    NotBuilt("model.base_model.use_megatron_initialization", (False,), "initial weights have one rule; see init_method_std"),
+    NotBuilt("model.base_model.init_method_max_embed", _NEVER, "initial weights are not clamped"),
+    NotBuilt("model.base_model.init_method_min_embed", _NEVER, "initial weights are not clamped"),
+    NotBuilt(f"{_TRANSFORMER}.attention_dropout", (0, 0.0), "dropout is not supported; write attention_dropout: 0"),
+    NotBuilt(f"{_TRANSFORMER}.hidden_dropout", (0, 0.0), "dropout is not supported; write hidden_dropout: 0"),
+    NotBuilt(f"{_TRANSFORMER}.full_precision_residual", (False,), "the residual stream has the type of the weights"),
+    NotBuilt(f"{_TRANSFORMER}.max_window_layers", _NEVER, "a window holds for every layer; write window_size alone"),
+    NotBuilt(f"{_TRANSFORMER}.attention_softmax_scale_power", (0.5,), "attention scores are scaled by head width ** -0.5"),
+    NotBuilt(f"{_TRANSFORMER}.num_experts", (1,), "mixtures of experts are not supported; write num_experts: 1"),
+    NotBuilt(f"{_TRANSFORMER}.num_shared_experts", (0,), "mixtures of experts are not supported"),
+    NotBuilt(f"{_TRANSFORMER}.num_experts_per_token", (1,), "mixtures of experts are not supported"),
+    NotBuilt(f"{_TRANSFORMER}.expert_routing_type", ("aux_loss",), "mixtures of experts are not supported"),
+    NotBuilt(f"{_TRANSFORMER}.expert_auxiliary_loss_coefficient", (0.01,), "mixtures of experts are not supported"),
+    NotBuilt(f"{_TRANSFORMER}.expert_z_loss_coefficient", (0, 0.0), "mixtures of experts are not supported"),
+    NotBuilt(f"{_TRANSFORMER}.moe_jitter_eps", (0, 0.0), "mixtures of experts are not supported"),
+    NotBuilt(f"{_TRANSFORMER}.dropless_moe", (True,), "mixtures of experts are not supported"),
+    NotBuilt(f"{_TRANSFORMER}.mlp_lr_scale", (1, 1.0, None), "one learning rate holds for all parameters"),
+    NotBuilt(f"{_TRANSFORMER}.router_lr_scale", (1, 1.0, None), "one learning rate holds for all parameters"),
+    NotBuilt(f"{_TRANSFORMER}.attention_lr_scale", (1, 1.0, None), "one learning rate holds for all parameters"),
+    NotBuilt(f"{_TRANSFORMER}.per_layer_lr_scale", _NEVER, "one learning rate holds for all parameters"),
+    NotBuilt(f"{_TRANSFORMER}.normalization.zero_centered", (False,), "norm weights are not zero-centred"),
+    NotBuilt(f"{_TRANSFORMER}.rotary.attention_factor", _NEVER, "rotary type yarn is not supported yet"),
+    NotBuilt(f"{_TRANSFORMER}.rotary.beta_fast", (32, 32.0), "rotary type yarn is not supported yet"),
+    NotBuilt(f"{_TRANSFORMER}.rotary.beta_slow", (1, 1.0), "rotary type yarn is not supported yet"),
+    *(
+        NotBuilt(f"{_TRANSFORMER}.init_method_{bound}{part}", _NEVER, "initial weights are not clamped")
+        for bound in ("max", "min")
+        for part in ("", "_qkv", "_attn_proj", "_mlp_1", "_mlp_2")
+    ),
+    NotBuilt(f"{_TRANSFORMER}.peft.type", ("none",), "LoRA is not supported yet; remove peft to train all weights"),
+    NotBuilt(f"{_TRANSFORMER}.peft.rank", (8,), "LoRA is not supported yet"),
+    NotBuilt(f"{_TRANSFORMER}.peft.alpha", (8, 8.0), "LoRA is not supported yet"),
+    NotBuilt(f"{_TRANSFORMER}.peft.dropout", (0, 0.0), "LoRA is not supported yet"),
+    NotBuilt(f"{_TRANSFORMER}.peft.layers", (["query", "value"],), "LoRA is not supported yet"),
+    NotBuilt(f"{_TRANSFORMER}.peft.freeze_others", (True,), "LoRA is not supported yet"),
+    NotBuilt("model.multi_stage.layers_per_stage", (1, 1.0), "pipeline parallelism is not supported yet"),
+    NotBuilt("model.multi_stage.stages_per_pipeline_stage", (1,), "pipeline parallelism is not supported yet"),
+    NotBuilt("model.multi_stage.store_frozen_weights_in_optimization_precision", (True,), "no weights are frozen"),
+    NotBuilt("model.multi_stage.compile_all", (False,), "the program decides what is compiled"),
+    NotBuilt(f"{_DISTRIBUTED}.optimization_dtype", ("float32", "fp32", "float"), "optimizer state is float32"),
+    NotBuilt(f"{_DISTRIBUTED}.tensor_parallel", (1,), "tensor parallelism is not supported yet; write tensor_parallel: 1"),
+    NotBuilt(f"{_DISTRIBUTED}.pipeline_parallel", (1,), "pipeline parallelism is not supported yet; write pipeline_parallel: 1"),
+    NotBuilt(
+        f"{_DISTRIBUTED}.sequence_data_parallel", (1,), "sequence parallelism is not supported yet; write sequence_data_parallel: 1"
+    ),
+    NotBuilt(f"{_DISTRIBUTED}.sequence_tensor_parallel", (False,), "tensor parallelism is not supported yet"),
+    NotBuilt(f"{_DISTRIBUTED}.pipeline_first", (False,), "pipeline parallelism is not supported yet"),
+    NotBuilt("schedule.profile_schedule", (False,), "profiling is not supported yet"),
+    NotBuilt("profiling.cpu", (False,), "profiling is not supported yet"),
+    NotBuilt("profiling.cuda", (False,), "profiling is not supported yet"),
+)
+
+
+def take_neighbours(document: Document) -> tuple[list[str], list[NoEffect]]:
+    """Remove the keys of both tables from `document`; return problems, and the rows of `NO_EFFECT` that were there."""
+    problems: list[str] = []
+    without_effect = []
+    for row in NO_EFFECT:
+        if not document.has(row.path):
+            continue
+        value, origin = document.get(row.path), document.origin(row.path)
+        kinds: tuple[type, ...] = (int, float) if row.kind is float else (row.kind,)
+        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool) and row.kind is not bool):
+            problems.append(f"{origin}: {row.key} = {value!r}: expected {_KIND_WORDS[row.kind]}")
+        without_effect.append(row)
+        _take(document, row.path)
+    for feature in NOT_BUILT:
+        if not document.has(feature.path):
+            continue
+        value, origin = document.get(feature.path), document.origin(feature.path)
+        if not any(value == harmless and type(value) is type(harmless) for harmless in feature.harmless):
+            problems.append(f"{origin}: {feature.key} = {_shown(value)}: {feature.instead}")
+        _take(document, feature.path)
+    return problems, without_effect
+
+
+_KIND_WORDS = {int: "a whole number", float: "a number", bool: "yes or no", str: "text", dict: "a section"}
+
+
+def _take(document: Document, path: KeyPath) -> None:
+    document.take(path)
+    document.prune(path[:-1])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "null" if value is None else str(value)
+
+
+def neighbour_keys(section: KeyPath) -> list[str]:
+    """Names of the tables' keys directly in `section`."""
+    paths = [row.path for row in (*NO_EFFECT, *NOT_BUILT)]
+    names = {str(path[len(section)]) for path in paths if path[: len(section)] == section and len(path) > len(section)}
+    return sorted(names)
+
+

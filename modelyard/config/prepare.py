@@ -1,0 +1,256 @@
+"""The preparation config: which texts become which token store."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from modelyard.config.base import Section
+
+SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+REFUSED_DATASET_KEYS = {
+    "chosen_text": "preference pairs are not supported yet",
+    "rejected_text": "preference pairs are not supported yet",
+    "chosen_span": "preference pairs are not supported yet",
+    "rejected_span": "preference pairs are not supported yet",
+    "load_from_disk": "leave it out: a save_to_disk folder is recognised by its files",
+}
+"""Keys of the same schema elsewhere that this program does not have, and why."""
+
+REFUSED_SCHEMA_KEYS = REFUSED_DATASET_KEYS | {
+    "messages": "conversations are not supported yet; format them as text with loss_masking_spans",
+    "train_on_eos": "conversations are not supported yet",
+    "images": "images are not supported",
+    "image_positions": "images are not supported",
+}
+
+
+def _refuse(document: Any, keys: dict[str, str]) -> Any:
+    if isinstance(document, dict):
+        found = [f"'{key}' cannot be used: {keys[key]}" for key in document if key in keys]
+        if found:
+            raise ValueError("; ".join(found))
+    return document
+
+
+class SourceSchema(Section):
+    """Which columns hold what: the later spelling of `field` and `loss_masking_spans`."""
+
+    type: Literal["text_column", "document"] = "text_column"
+    """`text_column` (columns named by `input_column`, `loss_masking_spans_column`) or `document` (by `text`,
+    `loss_masking_spans`). Default text_column."""
+    input_column: str | None = None
+    """With `text_column`: name of the text column. Default "text"."""
+    loss_masking_spans_column: str | None = None
+    """With `text_column`: name of the spans column. Default none."""
+    text: str | None = None
+    """With `document`: name of the text column. Default "text"."""
+    loss_masking_spans: str | None = None
+    """With `document`: name of the spans column. Default none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, document: Any) -> Any:
+        if isinstance(document, dict) and document.get("type") == "conversation":
+            raise ValueError(f"type 'conversation' cannot be used: {REFUSED_SCHEMA_KEYS['messages']}")
+        return _refuse(document, REFUSED_SCHEMA_KEYS)
+
+    @model_validator(mode="after")
+    def _one_spelling(self) -> SourceSchema:
+        foreign = {
+            "text_column": [name for name in ("text", "loss_masking_spans") if getattr(self, name)],
+            "document": [
+                name for name in ("input_column", "loss_masking_spans_column") if getattr(self, name)
+            ],
+        }[self.type]
+        if foreign:
+            raise ValueError(f"type '{self.type}' has no {' and no '.join(foreign)}")
+        return self
+
+
+class PrepareDatasetConfig(Section):
+    """The texts."""
+
+    path: str
+    """A local file, a local folder, or the name of a dataset on the Hugging Face Hub. What exists locally is local; a
+    missing path is never taken for a Hub name."""
+    config_name: str | None = None
+    """Hub datasets: which of the dataset's configurations. Default none."""
+    data_directory: str | None = None
+    """Only this sub-folder of `path`. Default none."""
+    data_files: str | list[str] | None = None
+    """Only these files of `path`: names or glob patterns relative to it. Default all."""
+    split: str = "train"
+    """Which split of the source. Local folders: by the files' names (`train-00000.parquet`), all files when none is
+    named for a split; Hub datasets take slices too (`train[:10%]`). Default train."""
+    field: str = "text"
+    """Column that holds the text. Default text."""
+    loss_masking_spans: str | None = None
+    """Column with the character ranges that are never targets: `[[first, last], …]`, both inclusive, in characters.
+    Default none."""
+    source_schema: SourceSchema | None = None
+    """The later spelling of `field` and `loss_masking_spans`. Default none."""
+    columns: list[str] | None = None
+    """Other columns kept beside the tokens, as text in each store's `columns.parquet`. Default none; for folders of
+    source files `path` and `license`."""
+    special_tokens: Literal["auto", "text", "parse"] = "auto"
+    """What the text `<|end_of_text|>` and its like become: `text` tokenises the characters, `parse` makes them the
+    token, `auto` parses when `loss_masking_spans` is given (such texts are rendered chats). Default auto."""
+    extensions: list[str] | None = None
+    """For a folder of source files, each file one document: the name endings to take (`.py`). Default none: the
+    folder holds data files (.jsonl, .parquet, .arrow, .txt)."""
+    min_file_bytes: int = Field(default=1, ge=0)
+    """With `extensions`: shorter files are left out, in bytes. Default 1."""
+    max_file_bytes: int = Field(default=1_000_000, ge=1)
+    """With `extensions`: longer files are left out (generated, or data), in bytes. Default 1,000,000."""
+    sample_by: Literal["document", "line", "paragraph"] = "document"
+    """.txt files: a document is the whole file, a line, or a stretch between empty lines. Default document."""
+    data_type: Literal["uint8", "uint16", "uint32"] | None = None
+    """Width of the stored tokens. Default: the narrowest that holds the vocabulary."""
+    trust_remote_code: bool = False
+    """Accepted from older configs, without effect: current `datasets` runs no dataset scripts. Default false."""
+    disable_disk_space_check: bool = False
+    """Start although the disk seems too small for the result. Default false."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, document: Any) -> Any:
+        return _refuse(document, REFUSED_DATASET_KEYS)
+
+    @field_validator("path", "field", "split")
+    @classmethod
+    def _not_empty(cls, value: str) -> str:
+        if not value:
+            raise ValueError("must not be empty")
+        return value
+
+    @field_validator("extensions")
+    @classmethod
+    def _dotted(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and not value:
+            raise ValueError("name at least one extension, or leave it out")
+        return value and [name if name.startswith(".") else f".{name}" for name in value]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PrepareDatasetConfig:
+        given = self.model_fields_set
+        if self.source_schema and (clash := given & {"field", "loss_masking_spans"}):
+            raise ValueError(f"give source_schema or {' and '.join(sorted(clash))}, not both")
+        if self.extensions is None and (lost := given & {"min_file_bytes", "max_file_bytes"}):
+            raise ValueError(
+                f"{' and '.join(sorted(lost))}: only with `extensions` (a folder of source files)"
+            )
+        if self.min_file_bytes > self.max_file_bytes:
+            raise ValueError(
+                f"min_file_bytes {self.min_file_bytes} is above max_file_bytes {self.max_file_bytes}"
+            )
+        if self.extensions is not None and self.spans_column:
+            raise ValueError("loss_masking_spans: source files (`extensions`) have no spans")
+        return self
+
+    @property
+    def text_column(self) -> str:
+        """Name of the text column, in whichever spelling it was given."""
+        if self.source_schema is None:
+            return self.field
+        return self.source_schema.input_column or self.source_schema.text or "text"
+
+    @property
+    def spans_column(self) -> str | None:
+        """Name of the spans column, in whichever spelling it was given."""
+        if self.source_schema is None:
+            return self.loss_masking_spans
+        return self.source_schema.loss_masking_spans_column or self.source_schema.loss_masking_spans
+
+    @property
+    def parse_special_tokens(self) -> bool:
+        """Whether special-token strings in the text become those tokens."""
+        return self.special_tokens == "parse" or (
+            self.special_tokens == "auto" and self.spans_column is not None
+        )
+
+
+class PrepareTokenizerConfig(Section):
+    """The tokenizer, and what begins and ends a document."""
+
+    path: str
+    """A tokenizer folder (tokenizer.json, or a SentencePiece tokenizer.model), or the name of one on the Hub."""
+    bos_token: str | None = None
+    """The token that begins a document. Default: the tokenizer's own."""
+    eos_token: str | None = None
+    """The token that ends a document. Default: the tokenizer's own; an Instruct tokenizer's own is its end of turn,
+    so name the end of text for plain documents."""
+    add_bos: bool | Literal["auto"] = "auto"
+    """One begin token in front of each document: `auto` if the tokenizer has one, true must have one, false none. A
+    text that begins with it gets no second. Default auto."""
+    add_eos: bool | Literal["auto"] = "auto"
+    """One end token after each document, as `add_bos`. Default auto."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PrepareTokenizerConfig:
+        for add, token in (("add_bos", "bos_token"), ("add_eos", "eos_token")):
+            if getattr(self, add) is False and getattr(self, token) is not None:
+                raise ValueError(f"{token} is given but {add} is false")
+        return self
+
+
+class DistributedPrepareConfig(Section):
+    """Preparation over several machines: one machine for now."""
+
+    world_size: int = Field(default=1, ge=1)
+    """Machines. Default 1; more are not supported yet."""
+    rank: int = Field(default=0, ge=0)
+    """This machine's number. Default 0."""
+    backend: Literal["gloo", "nccl"] = "gloo"
+    """Accepted, without effect on one machine. Default gloo."""
+
+    @model_validator(mode="after")
+    def _one_machine(self) -> DistributedPrepareConfig:
+        if self.world_size > 1:
+            raise ValueError("preparing over several machines is not supported yet: split the source instead")
+        if self.rank:
+            raise ValueError(f"rank {self.rank} of world_size 1")
+        return self
+
+
+class PrepareConfig(Section):
+    """What `modelyard prepare` is given."""
+
+    output_path: Path
+    """Folder to make: one token store per split and a dataset file for each."""
+    dataset: PrepareDatasetConfig
+    """The texts."""
+    tokenizer: PrepareTokenizerConfig
+    """The tokenizer, and what begins and ends a document."""
+    splits: dict[str, float] = Field(default_factory=dict)
+    """Name → share of the documents; normalised to a sum of one. Each document is in exactly one, chosen by a keyed
+    hash of its number. Default: one store, not split."""
+    seed: int = Field(default=784569, ge=0)
+    """Key of the hash that deals documents to splits. No unit; default 784569."""
+    loading_workers: int | None = Field(default=None, ge=1)
+    """Processes that read. Reading and tokenising happen in one process, so the larger of this and `tokenize_workers`
+    counts; at most one per core. The result does not depend on it. Default: one per core."""
+    tokenize_workers: int | None = Field(default=None, ge=1)
+    """Processes that tokenise; see `loading_workers`. Default: one per core."""
+    saving_workers: int | None = Field(default=None, ge=1)
+    """Threads that sync and checksum full shards while the next ones are written. Default: one per core."""
+    tokens_per_shard: int = Field(default=1_000_000_000, ge=1)
+    """A shard is closed before it would exceed this, in tokens. Default 1,000,000,000."""
+    distributed: DistributedPrepareConfig = Field(default_factory=DistributedPrepareConfig)
+    """Several machines: not supported yet."""
+
+    @field_validator("splits")
+    @classmethod
+    def _usable_splits(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, share in value.items():
+            if not SPLIT_NAME.fullmatch(name):
+                raise ValueError(
+                    f"split name '{name}' must be letters, digits, '_' and '-' (it names a folder)"
+                )
+            if not 0 < share < float("inf"):
+                raise ValueError(f"split '{name}' needs a share above 0, not {share}")
+        return value

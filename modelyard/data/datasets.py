@@ -1,0 +1,305 @@
+"""Datasets that can be read document by document: token stores, slices and concatenations of them, random tokens.
+
+None of them holds anything of the size of the data: opening a store of a billion documents costs a manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from modelyard.config.data import (
+    BlendedDataset,
+    ConcatenatedDataset,
+    DatasetConfig,
+    FileDataset,
+    MemmapDataset,
+    RandomDataset,
+    SampledDataset,
+    SliceDataset,
+)
+from modelyard.data.dataset_file import read_dataset_file
+from modelyard.data.order import derive_key, keyed_hash
+from modelyard.data.store import TokenStore
+from modelyard.errors import UserError, missing_path
+
+
+class IndexedDataset(Protocol):
+    """Documents by number."""
+
+    name: str
+    """How messages call it."""
+    num_documents: int
+    num_tokens: int
+    lanes: frozenset[str]
+    """Per-token lanes that every document has."""
+    vocab_size: int
+    """One past the largest token that may occur."""
+    fingerprint: str
+    """Changes with the content."""
+
+    def lengths(self, begin: int, end: int) -> np.ndarray:
+        """Tokens of each document in `begin:end`, an integer array [end - begin]."""
+        ...
+
+    def offset(self, index: int) -> int:
+        """Tokens before document `index`, which may be `num_documents`."""
+        ...
+
+    def document(self, index: int, begin: int = 0, end: int | None = None) -> np.ndarray:
+        """Tokens `begin:end` of a document, unsigned integers [end - begin]."""
+        ...
+
+    def lane(self, name: str, index: int, begin: int = 0, end: int | None = None) -> np.ndarray | None:
+        """The same stretch of a lane; None when the dataset has no such lane."""
+        ...
+
+    def where(self, index: int) -> str:
+        """Where a document is stored, for messages: `document 17 of /data/train`."""
+        ...
+
+
+class StoredDataset:
+    """A token store on disk (`memmap`).
+
+    Raises:
+        UserError: no complete store there, or not of the size that the config says.
+    """
+
+    def __init__(self, path: Path, num_documents: int | None = None, num_tokens: int | None = None):
+        if not path.exists() and path.with_name(path.name + ".idx").exists():
+            raise UserError(
+                f"{path}.bin/.idx was prepared by another program, which is not read yet; prepare the data again here"
+            )
+        self._store = TokenStore(path)
+        self.name = str(path)
+        self.num_documents = self._store.num_documents
+        self.num_tokens = self._store.num_tokens
+        self.lanes = frozenset(self._store.lanes)
+        self.vocab_size = self._store.vocab_size
+        self.fingerprint = self._store.fingerprint
+        self.lengths = self._store.lengths
+        self.offset = self._store.offset
+        self.document = self._store.document
+        self.lane = self._store.lane
+        problems = [
+            f"{path} has {found:,} {what}, but the config says {said:,}: prepared again since, or the wrong folder?"
+            for what, said, found in (
+                ("documents", num_documents, self.num_documents),
+                ("tokens", num_tokens, self.num_tokens),
+            )
+            if said is not None and said != found
+        ]
+        if problems:
+            raise UserError(*problems)
+
+    def where(self, index: int) -> str:
+        """`document 17 of /data/train`."""
+        return f"document {index} of {self.name}"
+
+
+class SlicedDataset:
+    """A stretch of the documents of another dataset, by fractions of their number (`slice`)."""
+
+    def __init__(self, dataset: IndexedDataset, begin: float, end: float):
+        self._dataset = dataset
+        self._first = round(begin * dataset.num_documents)
+        last = round(end * dataset.num_documents)
+        self.name = f"{dataset.name}[{begin:g}:{end:g}]"
+        self.num_documents = last - self._first
+        self._before = dataset.offset(self._first)
+        self.num_tokens = dataset.offset(last) - self._before
+        self.lanes = dataset.lanes
+        self.vocab_size = dataset.vocab_size
+        self.fingerprint = _fingerprint("slice", dataset.fingerprint, self._first, last)
+
+    def lengths(self, begin: int, end: int) -> np.ndarray:
+        """Tokens of each document in `begin:end`."""
+        return self._dataset.lengths(self._first + begin, self._first + end)
+
+    def offset(self, index: int) -> int:
+        """Tokens before document `index`."""
+        return self._dataset.offset(self._first + index) - self._before
+
+    def document(self, index: int, begin: int = 0, end: int | None = None) -> np.ndarray:
+        """Tokens of a document."""
+        return self._dataset.document(self._first + index, begin, end)
+
+    def lane(self, name: str, index: int, begin: int = 0, end: int | None = None) -> np.ndarray | None:
+        """A lane of a document."""
+        return self._dataset.lane(name, self._first + index, begin, end)
+
+    def where(self, index: int) -> str:
+        """Where a document is stored."""
+        return self._dataset.where(self._first + index)
+
+
+class ConcatenatedDatasets:
+    """The documents of several datasets, one after the other (`concatenated`)."""
+
+    def __init__(self, name: str, datasets: Sequence[IndexedDataset]):
+        self.name = name
+        self._datasets = datasets
+        self._first = [0, *accumulate(dataset.num_documents for dataset in datasets)]
+        self._before = [0, *accumulate(dataset.num_tokens for dataset in datasets)]
+        self.num_documents = self._first[-1]
+        self.num_tokens = self._before[-1]
+        self.lanes = frozenset.intersection(*(dataset.lanes for dataset in datasets))
+        self.vocab_size = max(dataset.vocab_size for dataset in datasets)
+        self.fingerprint = _fingerprint("concatenated", *(dataset.fingerprint for dataset in datasets))
+
+    def _find(self, index: int) -> tuple[int, int]:
+        part = bisect_right(self._first, index) - 1
+        return part, index - self._first[part]
+
+    def lengths(self, begin: int, end: int) -> np.ndarray:
+        """Tokens of each document in `begin:end`, which may span several parts."""
+        pieces = []
+        while begin < end:
+            part, inside = self._find(begin)
+            stop = min(end, self._first[part + 1])
+            pieces.append(self._datasets[part].lengths(inside, inside + stop - begin))
+            begin = stop
+        return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
+
+    def offset(self, index: int) -> int:
+        """Tokens before document `index`."""
+        if index == self.num_documents:
+            return self.num_tokens
+        part, inside = self._find(index)
+        return self._before[part] + self._datasets[part].offset(inside)
+
+    def document(self, index: int, begin: int = 0, end: int | None = None) -> np.ndarray:
+        """Tokens of a document."""
+        part, inside = self._find(index)
+        return self._datasets[part].document(inside, begin, end)
+
+    def lane(self, name: str, index: int, begin: int = 0, end: int | None = None) -> np.ndarray | None:
+        """A lane of a document."""
+        part, inside = self._find(index)
+        return self._datasets[part].lane(name, inside, begin, end)
+
+    def where(self, index: int) -> str:
+        """Where a document is stored."""
+        part, inside = self._find(index)
+        return self._datasets[part].where(inside)
+
+
+class RandomTokens:
+    """Documents of random tokens, all of one length, computed when they are read (`random`)."""
+
+    lanes: frozenset[str] = frozenset()
+
+    def __init__(self, name: str, *, num_documents: int, document_length: int, vocab_size: int, seed: int):
+        self.name = f"random '{name}'"
+        self.num_documents = num_documents
+        self.num_tokens = num_documents * document_length
+        self.vocab_size = vocab_size
+        self._length = document_length
+        self._key = derive_key("random tokens", name, seed)
+        self.fingerprint = _fingerprint("random", self._key, num_documents, document_length, vocab_size)
+
+    def lengths(self, begin: int, end: int) -> np.ndarray:
+        """The same for every document."""
+        return np.full(end - begin, self._length, dtype=np.uint32)
+
+    def offset(self, index: int) -> int:
+        """Tokens before document `index`."""
+        return index * self._length
+
+    def document(self, index: int, begin: int = 0, end: int | None = None) -> np.ndarray:
+        """Uniform over the vocabulary."""
+        stop = self._length if end is None else end
+        counters = np.arange(self.offset(index) + begin, self.offset(index) + stop, dtype=np.uint64)
+        return (keyed_hash(self._key, counters) % np.uint64(self.vocab_size)).astype(np.uint32)
+
+    def lane(self, name: str, index: int, begin: int = 0, end: int | None = None) -> np.ndarray | None:
+        """Random tokens have no lanes."""
+        return None
+
+    def where(self, index: int) -> str:
+        """Not stored anywhere."""
+        return f"document {index} of {self.name}"
+
+
+def follow_files(config: DatasetConfig, base: Path | None) -> tuple[DatasetConfig, Path | None]:
+    """The dataset that a chain of `file` datasets leads to, and the folder that its paths are relative to.
+
+    `base` is the folder for `config`'s own paths; None is the working directory.
+
+    Raises:
+        UserError: a file is missing, does not hold a dataset, or the chain comes back to where it was.
+    """
+    chain: list[Path] = []
+    while isinstance(config, FileDataset):
+        path = resolve_path(config.path, base)
+        if path in chain:
+            raise UserError(f"dataset files lead in a circle: {' → '.join(map(str, [*chain, path]))}")
+        chain.append(path)
+        config, base = read_dataset_file(path), path.parent
+    return config, base
+
+
+def open_dataset(
+    config: DatasetConfig, base: Path | None, *, vocab_size: int, sequence_length: int, seed: int
+) -> IndexedDataset:
+    """Open a dataset whose documents are numbered: any type but `blended` and `sampled`.
+
+    Args:
+        config: what the user wrote.
+        base: the folder that relative paths start from; None is the working directory.
+        vocab_size: of the model, tokens; `random` draws from it.
+        sequence_length: tokens; the default length of `random` documents.
+        seed: key of `random` tokens.
+
+    Raises:
+        UserError: something is missing, torn or empty, or a blend stands where documents are needed.
+    """
+
+    def open_inside(inside: DatasetConfig, folder: Path | None, files: tuple[Path, ...]) -> IndexedDataset:
+        if isinstance(inside, FileDataset):
+            path = resolve_path(inside.path, folder)
+            if path in files:
+                raise UserError(f"dataset files lead in a circle: {' → '.join(map(str, [*files, path]))}")
+            return open_inside(read_dataset_file(path), path.parent, (*files, path))
+        if isinstance(inside, MemmapDataset):
+            path = resolve_path(inside.path, folder)
+            return StoredDataset(path, inside.num_documents, inside.num_tokens)
+        if isinstance(inside, SliceDataset):
+            return SlicedDataset(open_inside(inside.dataset, folder, files), inside.begin, inside.end)
+        if isinstance(inside, ConcatenatedDataset):
+            parts = [open_inside(part, folder, files) for part in inside.datasets]
+            return ConcatenatedDatasets(inside.name, parts)
+        if isinstance(inside, RandomDataset):
+            return RandomTokens(
+                inside.name,
+                num_documents=inside.num_documents,
+                document_length=inside.document_length or sequence_length,
+                vocab_size=vocab_size,
+                seed=seed,
+            )
+        assert isinstance(inside, BlendedDataset | SampledDataset)
+        raise UserError(
+            f"a dataset of type '{inside.type}' cannot stand inside 'concatenated': it has rows, not documents; "
+            "put the concatenation inside it"
+        )
+
+    dataset = open_inside(config, base, ())
+    if not dataset.num_documents or not dataset.num_tokens:
+        raise UserError(f"{dataset.name} has no tokens ({dataset.num_documents:,} documents)")
+    return dataset
+
+
+def resolve_path(path: Path, base: Path | None) -> Path:
+    """An absolute path, from the folder `base` or the working directory; UserError when nothing is there."""
+    ...
+
+
+def _fingerprint(*parts: str | int) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

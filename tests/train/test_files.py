@@ -1,0 +1,83 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from modelyard.train.files import complete_or_absent, damage, numbered_folders, prune
+
+
+def make(folder: Path) -> None:
+    with complete_or_absent(folder) as temporary:
+        (temporary / "inner").mkdir()
+        (temporary / "inner" / "a.bin").write_bytes(b"abc")
+        (temporary / "b.txt").write_text("hello")
+
+
+def test_folder_appears_whole_with_its_manifest(tmp_path: Path) -> None:
+    make(tmp_path / "7")
+    manifest = json.loads((tmp_path / "7" / "manifest.json").read_text())
+    assert manifest["inner/a.bin"] == {
+        "bytes": 3,
+        "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+    }
+    assert set(manifest) == {"inner/a.bin", "b.txt"}
+    assert damage(tmp_path / "7", checksums=True) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["7"]
+
+
+def test_failure_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="disk"), complete_or_absent(tmp_path / "7") as temporary:
+        (temporary / "a").write_text("x")
+        raise OSError("disk full")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kill_while_writing_leaves_no_complete_folder(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from modelyard.train.files import complete_or_absent\n"
+        "with complete_or_absent(Path(sys.argv[1])) as t:\n"
+        "    (t / 'a').write_text('x'); print('writing', flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "7")], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"writing\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert [p.name for p in tmp_path.iterdir()] == ["7.tmp"]
+    assert numbered_folders(tmp_path) == []
+    make(tmp_path / "7")
+    assert [p.name for p in tmp_path.iterdir()] == ["7"]
+
+
+@pytest.mark.parametrize(
+    ("harm", "expected"),
+    [
+        (lambda f: (f / "b.txt").write_text("hell"), "4 bytes where its manifest says 5"),
+        (lambda f: (f / "b.txt").write_text("jello"), "differs from its checksum"),
+        (lambda f: (f / "b.txt").unlink(), "cannot be read (No such file"),
+        (lambda f: (f / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+        (lambda f: (f / "manifest.json").write_text("[1]"), "manifest.json cannot be read"),
+        (lambda f: (f / "manifest.json").unlink(), "manifest.json cannot be read"),
+    ],
+)
+def test_damage_is_found_and_named(tmp_path: Path, harm, expected: str) -> None:
+    make(tmp_path / "7")
+    harm(tmp_path / "7")
+    problems = damage(tmp_path / "7", checksums=True)
+    assert len(problems) == 1
+    assert expected in problems[0]
+
+
+def test_prune_keeps_the_newest_and_the_permanent(tmp_path: Path) -> None:
+    for name in (10, 20, 30, 40, 50):
+        make(tmp_path / str(name))
+    gone = prune(tmp_path, keep=2, forever=lambda iteration: iteration % 20 == 0)
+    assert [p.name for p in gone] == ["10"]
+    assert [p.name for p in numbered_folders(tmp_path)] == ["20", "30", "40", "50"]
+    prune(tmp_path, keep=1, forever=lambda iteration: iteration == 20)
+    assert [p.name for p in numbered_folders(tmp_path)] == ["20", "50"]
+    assert prune(tmp_path, keep=None, forever=lambda iteration: False) == []
