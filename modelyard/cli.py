@@ -151,7 +151,7 @@ def _prepare(options: argparse.Namespace) -> int:
     loaded = _load(options, "prepare")
     for notice in loaded.notices:
         print(f"note: {notice}")
-    return run_prepare(loaded.config, overwrite=options.overwrite)
+    return run_prepare(loaded.prepare, overwrite=options.overwrite)
 
 
 def _tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -161,10 +161,10 @@ def _tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _tokenizer_train(options: argparse.Namespace) -> int:
-    from modelyard.data.tokenizer import run_tokenizer_train
+    from modelyard.data.tokenizer_training import run_tokenizer_train
 
     loaded = _load(options, "prepare")
-    return run_tokenizer_train(loaded.config, output=options.output, vocab_size=options.vocab_size)
+    return run_tokenizer_train(loaded.prepare, output=options.output, vocab_size=options.vocab_size)
 
 
 # evaluate, generate, convert

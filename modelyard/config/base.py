@@ -18,7 +18,9 @@ class Section(BaseModel):
     (`1e5`), and text where a path is meant.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, validate_default=True, use_attribute_docstrings=True
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -48,8 +50,17 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
     return (annotation,)
 
 
-DataTypeName = Literal["float32", "fp32", "float64", "fp64", "bfloat16", "bf16", "float16", "fp16", "float", "half"]
-_DATA_TYPES = {"fp32": "float32", "float": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+DataTypeName = Literal[
+    "float32", "fp32", "float64", "fp64", "bfloat16", "bf16", "float16", "fp16", "float", "half"
+]
+_DATA_TYPES = {
+    "fp32": "float32",
+    "float": "float32",
+    "fp64": "float64",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+}
 
 DataType = Annotated[DataTypeName, AfterValidator(lambda name: _DATA_TYPES.get(name, name))]
 """A floating-point type by any of its names; read back as torch's (`float32`, `float64`, `bfloat16`, `float16`)."""

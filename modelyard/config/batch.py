@@ -18,6 +18,8 @@ class BatchConfig(Section):
     """Rows in one optimizer step, over all micro-batches and processes, in sequences."""
     micro_batch_size: int = Field(gt=0)
     """Rows in one forward and backward pass, in sequences; it changes memory and speed, not the result. Default: the whole batch."""
+    sequential_micro_batches: int | None = Field(default=None, gt=0)
+    """Micro-batches in one optimizer step, as another way to say micro_batch_size; null: batch_size / micro_batch_size."""
     cross_document_attention: bool = True
     """Whether tokens see the other documents of their row; `no` isolates attention, positions and labels."""
     truncate_documents: bool = True
@@ -28,9 +30,12 @@ class BatchConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _whole_batch_at_once(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("micro_batch_size") is None:
-            return {**values, "micro_batch_size": values.get("batch_size", 1)}
-        return values
+        if not isinstance(values, dict) or values.get("micro_batch_size") is not None:
+            return values
+        batch_size, micro_batches = values.get("batch_size", 1), values.get("sequential_micro_batches") or 1
+        if isinstance(batch_size, int) and isinstance(micro_batches, int) and 0 < micro_batches <= batch_size:
+            batch_size //= micro_batches
+        return {**values, "micro_batch_size": batch_size}
 
     @property
     def micro_batches(self) -> int:
@@ -48,6 +53,11 @@ class BatchConfig(Section):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}; "
                 f"nearest that are: {_nearest_multiples(self.batch_size, self.micro_batch_size)}"
+            )
+        if self.sequential_micro_batches not in (None, self.micro_batches):
+            raise ValueError(
+                f"sequential_micro_batches {self.sequential_micro_batches} does not fit: batch_size {self.batch_size} / "
+                f"micro_batch_size {self.micro_batch_size} makes {self.micro_batches}"
             )
         return self
 

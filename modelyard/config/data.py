@@ -15,7 +15,6 @@ from pydantic_core import PydanticCustomError
 from modelyard.config.base import Section
 from modelyard.errors import did_you_mean
 
-DATASET_TYPES = ("file", "memmap", "concatenated", "slice", "blended", "sampled", "random")
 REFUSED_DATASET_TYPES = {
     "fim": "fill-in-the-middle datasets are not supported yet",
     "streaming": "Redis streams are not supported",
@@ -189,6 +188,16 @@ DatasetConfig = Annotated[
     Discriminator(_kind),
     BeforeValidator(_check_kind),
 ]
+
+DATASET_TYPES: dict[str, type[Section]] = {
+    "file": FileDataset,
+    "memmap": MemmapDataset,
+    "concatenated": ConcatenatedDataset,
+    "slice": SliceDataset,
+    "blended": BlendedDataset,
+    "sampled": SampledDataset,
+    "random": RandomDataset,
+}
 
 ConcatenatedDataset.model_rebuild()
 SliceDataset.model_rebuild()

@@ -69,19 +69,6 @@ def converted(old: str, new: str, convert: Callable[[Any], Any]) -> Repair:
     return Repair(f"{old} -> {new}", apply)
 
 
-def dropped(old: str, why: str) -> Repair:
-    """A key that needs no successor."""
-
-    def apply(document: Document) -> Iterator[str]:
-        if document.has(_path(old)):
-            notice = f"{document.origin(_path(old))}: {old} is no longer needed: {why}"
-            document.take(_path(old))
-            document.prune(_path(old)[:-1])
-            yield notice
-
-    return Repair(f"{old} dropped", apply)
-
-
 EVALUATORS: KeyPath = ("training", "evaluators")
 _EVALUATOR_KEYS = {"interval", "offset", "evaluator"}
 
@@ -109,7 +96,11 @@ def _unnamed_evaluator(document: Document) -> Iterator[str]:
     if not isinstance(section, dict) or not section or not set(section) & _EVALUATOR_KEYS:
         return
     evaluator = section.get("evaluator")
-    if not isinstance(evaluator, dict) or "dataset_name" not in evaluator or not set(section) <= _EVALUATOR_KEYS:
+    if (
+        not isinstance(evaluator, dict)
+        or "dataset_name" not in evaluator
+        or not set(section) <= _EVALUATOR_KEYS
+    ):
         return
     origin = document.origin((*EVALUATORS, next(iter(section))))
     name = str(evaluator["dataset_name"])
@@ -128,7 +119,17 @@ def _flat_evaluators(document: Document) -> Iterator[str]:
             yield f"{origin}: {dotted(path)}: {', '.join(moved)} now belongs in {dotted((*path, 'evaluator'))}"
 
 
-_FLAT_KEYS = ("type", "iterations", "dataset_name", "prompts", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
+_FLAT_KEYS = (
+    "type",
+    "iterations",
+    "dataset_name",
+    "prompts",
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "seed",
+)
 
 
 def _flat_keys_into_evaluator(document: Document, path: KeyPath) -> list[str]:
@@ -168,7 +169,11 @@ REPAIRS: tuple[Repair, ...] = (
     Repair("optimizer.learning_rate: NUMBER -> optimizer.learning_rate.base", _bare_learning_rate),
     renamed("pretrained.load_weights", "pretrained.model_weights"),
     renamed("model.distributed.distributed_timeout", "model.distributed.timeout"),
-    converted(f"{_TRANSFORMER}.use_rotary_embeddings", f"{_TRANSFORMER}.rotary.type", lambda on: "default" if on else "none"),
+    converted(
+        f"{_TRANSFORMER}.use_rotary_embeddings",
+        f"{_TRANSFORMER}.rotary.type",
+        lambda on: "default" if on else "none",
+    ),
     converted(
         f"{_TRANSFORMER}.rotary_embedding_scale",
         f"{_TRANSFORMER}.rotary.theta",
@@ -177,11 +182,7 @@ REPAIRS: tuple[Repair, ...] = (
     renamed(f"{_TRANSFORMER}.normalization_type", f"{_TRANSFORMER}.normalization.type"),
     renamed(f"{_TRANSFORMER}.layer_norm_eps", f"{_TRANSFORMER}.normalization.epsilon"),
     renamed(f"{_TRANSFORMER}.normalization.layer_norm_eps", f"{_TRANSFORMER}.normalization.epsilon"),
-    # Preparation: A's name of the dataset, and the form that lived from 2025-06 to 09.
-    renamed("dataset.name_or_path", "dataset.path"),
-    renamed("dataset.source_schema.input_column", "dataset.field"),
-    renamed("dataset.source_schema.loss_masking_spans_column", "dataset.loss_masking_spans"),
-    dropped("dataset.source_schema.type", "a text column is what is read"),
+    renamed("dataset.name_or_path", "dataset.path"),  # preparation, A
 )
 """Old to new, in order; each row acts on one file or override at a time."""
 
@@ -204,9 +205,6 @@ NEWEST: dict[str, str] = {
     "schedule.depth_first_micro_batches": "batch.sequential_micro_batches",
     "schedule.breadth_first_micro_batches": "batch.sequential_micro_batches",
     "schedule.micro_batch_splits": "batch.micro_batch_size",
-    "documents_per_shard": "tokens_per_shard",
-    "dataset.source_schema.text": "dataset.field",
-    "dataset.source_schema.loss_masking_spans": "dataset.loss_masking_spans",
 }
 """Keys of the newest dialect (Fast-LLM >= 0.3), which is not read yet, and what to write."""
 

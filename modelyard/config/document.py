@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from typing import Any
 
 KeyPath = tuple[str | int, ...]
@@ -41,7 +42,7 @@ class Document:
         """Write `value` at `path`, making the sections above it; everything in it gets `origin`."""
         target: Any = self.values
         for length, part in enumerate(path[:-1], start=1):
-            if not isinstance(target.get(part) if isinstance(target, dict) else target[part], dict | list):
+            if not isinstance(target.get(part), dict):
                 target[part] = {}
                 self.origins.setdefault(path[:length], origin)
             target = target[part]
@@ -54,9 +55,16 @@ class Document:
         """Remove what is at `path`; return it with the origins of everything in it, relative to `path`."""
         value = self._find(path)
         del self._find(path[:-1])[path[-1]]
-        origins = {key[len(path) :]: origin for key, origin in self.origins.items() if key[: len(path)] == path}
+        origins = {
+            key[len(path) :]: origin for key, origin in self.origins.items() if key[: len(path)] == path
+        }
         self._forget(path)
         return value, origins
+
+    def discard(self, path: KeyPath) -> None:
+        """Remove what is at `path`, if anything."""
+        if self.has(path):
+            self.take(path)
 
     def move(self, old: KeyPath, new: KeyPath) -> None:
         """Move what is at `old` to `new`, origins and all; sections left empty on the way disappear."""
@@ -72,33 +80,37 @@ class Document:
             path = path[:-1]
 
     def merge(self, later: Document) -> None:
-        """Write `later` over this one, key by key; lists are replaced whole, as are datasets whose type changes."""
-        self._merge(self.values, later.values, (), later)
+        """Write `later` over this one, key by key.
 
-    def _merge(self, target: dict[str, Any], source: dict[str, Any], path: KeyPath, later: Document) -> None:
-        for key, value in source.items():
-            here = (*path, key)
-            old = target.get(key)
-            if isinstance(value, dict) and isinstance(old, dict) and not _another_kind_of_dataset(here, old, value):
-                if here in later.origins:
-                    self.origins[here] = later.origins[here]
-                self._merge(old, value, here, later)
+        Lists are replaced whole (an override may name an item by its number), and so is a dataset whose type changes.
+        """
+        self._merge(self.values, later.values, (), (), later)
+
+    def _merge(
+        self, target: Any, source: dict[str, Any], here: KeyPath, there: KeyPath, later: Document
+    ) -> None:
+        for name, value in source.items():
+            key: Any = int(name) if isinstance(target, list) else name
+            ours, theirs = (*here, key), (*there, name)
+            old = target[key] if isinstance(target, list) else target.get(key)
+            if isinstance(value, dict) and _mergeable(ours, old, value):
+                if theirs in later.origins:
+                    self.origins[ours] = later.origins[theirs]
+                self._merge(old, value, ours, theirs, later)
                 continue
-            self._forget(here)
-            target[key] = _copy(value)
+            self._forget(ours)
+            target[key] = deepcopy(value)
             for below in _paths(value):
-                if here + below in later.origins:
-                    self.origins[here + below] = later.origins[here + below]
+                if theirs + below in later.origins:
+                    self.origins[ours + below] = later.origins[theirs + below]
 
     def _find(self, path: KeyPath) -> Any:
         value: Any = self.values
         for part in path:
-            if isinstance(value, dict) and part in value:
-                value = value[part]
-            elif isinstance(value, list) and isinstance(part, int) and part < len(value):
-                value = value[part]
-            else:
+            inside_list = isinstance(value, list) and isinstance(part, int) and part < len(value)
+            if not inside_list and not (isinstance(value, dict) and part in value):
                 return _NOTHING
+            value = value[part]
         return value
 
     def _forget(self, path: KeyPath) -> None:
@@ -109,20 +121,23 @@ class Document:
 _NOTHING = object()
 
 
-def _another_kind_of_dataset(path: KeyPath, old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Whether merging would leave keys of one dataset type in another's section."""
-    return path[:2] == ("data", "datasets") and "type" in old and "type" in new and old["type"] != new["type"]
+def _mergeable(path: KeyPath, old: Any, new: dict[str, Any]) -> bool:
+    """Whether `new` is written into what is there, not in its place."""
+    if isinstance(old, list):
+        return bool(new) and all(name.isdecimal() and int(name) < len(old) for name in new)
+    # Else keys of one dataset type would stay behind in another's section.
+    in_datasets = path[:2] == ("data", "datasets")
+    return isinstance(old, dict) and not (
+        in_datasets and "type" in new and old.get("type", new["type"]) != new["type"]
+    )
 
 
 def _paths(value: Any) -> Iterator[KeyPath]:
     yield ()
     if isinstance(value, dict | list):
-        for key, below in value.items() if isinstance(value, dict) else enumerate(value):
+        entries: Iterable[tuple[str | int, Any]] = (
+            value.items() if isinstance(value, dict) else enumerate(value)
+        )
+        for key, below in entries:
             for path in _paths(below):
                 yield (key, *path)
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _copy(below) for key, below in value.items()}
-    return [_copy(below) for below in value] if isinstance(value, list) else value

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +87,9 @@ def _read_rotary(config: Mapping[str, Any], where: str) -> Rotary:
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     theta = float(parameters.get("rope_theta", config.get("rope_theta", 10_000.0)))
     if config.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{where}: partial_rotary_factor {config['partial_rotary_factor']} is not supported (only 1)")
+        raise UserError(
+            f"{where}: partial_rotary_factor {config['partial_rotary_factor']} is not supported (only 1)"
+        )
     if kind == "default":
         return Rotary(theta=theta)
     if kind != "llama3":
@@ -107,7 +108,7 @@ def _read_rotary(config: Mapping[str, Any], where: str) -> Rotary:
 
 
 def _read_window(config: Mapping[str, Any], family: str, where: str) -> int | None:
-    if family == "llama" or family == "qwen2" and not config.get("use_sliding_window", False):
+    if family == "llama" or (family == "qwen2" and not config.get("use_sliding_window", False)):
         return None
     window: int | None = config.get("sliding_window", _DEFAULT_WINDOW[family])
     if family == "qwen2" and window is not None:
@@ -123,6 +124,8 @@ def can_export(architecture: Architecture, family: str) -> str | None:
     if architecture.rotary.type == "none":
         return f"format {family} has rotary positions, the model has none"
     if family == "llama":
+        if architecture.hidden_size % architecture.num_attention_heads:
+            return "format llama needs num_attention_heads to divide hidden_size (mistral does not)"
         if architecture.qkv_bias != architecture.output_bias:
             return "format llama has biases on all of the attention or on none (qwen2 holds add_linear_biases: only_attn_qkv)"
         if architecture.window_size is not None:
@@ -160,6 +163,8 @@ def write_config(
         raise UserError(reason)
     same_family = original is not None and original.get("model_type") == family
     config: dict[str, Any] = dict(original or {}) if same_family else {}
+    if config.get("num_hidden_layers") != architecture.num_layers:
+        config.pop("layer_types", None)  # one word per layer of the original
     config |= {
         "architectures": [FAMILIES[family]],
         "model_type": family,
@@ -228,13 +233,3 @@ def _write_rotary(rotary: Rotary) -> dict[str, Any]:
         "rope_scaling": scaling,
         "rope_parameters": {**scaling, "rope_theta": rotary.theta},
     }
-
-
-def same_weights(first: Architecture, second: Architecture) -> bool:
-    """Whether the weights of one fit the other."""
-    return first.parameter_shapes() == second.parameter_shapes()
-
-
-def with_positions(architecture: Architecture, positions: int) -> Architecture:
-    """The architecture with another longest position, in tokens."""
-    return replace(architecture, max_position_embeddings=positions)

@@ -166,14 +166,18 @@ def architecture_problems(model: BaseModelConfig) -> list[tuple[str, str]]:
             f"normalization {transformer.normalization.type} is not supported; write normalization: {{type: rms_norm}}",
         )
     if not transformer.gated:
-        refuse("transformer.gated", "a feed-forward layer that is not gated is not supported; write gated: yes")
+        refuse(
+            "transformer.gated", "a feed-forward layer that is not gated is not supported; write gated: yes"
+        )
     if transformer.gated and transformer.activation_type not in (None, "silu"):
         refuse(
             "transformer.activation_type",
             f"activation {transformer.activation_type} is not supported; write activation_type: silu",
         )
     if rotary.type == "yarn":
-        refuse("transformer.rotary.type", "rotary type yarn is not supported yet; write type: default or llama3")
+        refuse(
+            "transformer.rotary.type", "rotary type yarn is not supported yet; write type: default or llama3"
+        )
     if model.use_position_embeddings or (model.use_position_embeddings is None and rotary.type == "none"):
         refuse(
             "use_position_embeddings",
@@ -195,7 +199,10 @@ def architecture_problems(model: BaseModelConfig) -> list[tuple[str, str]]:
     if rotary.type != "none" and head_size % 2:
         refuse("transformer.kv_channels", f"rotary needs an even head width, not {head_size}")
     if rotary.type == "llama3" and rotary.high_frequency_factor <= rotary.low_frequency_factor:
-        refuse("transformer.rotary.high_frequency_factor", "high_frequency_factor must be above low_frequency_factor")
+        refuse(
+            "transformer.rotary.high_frequency_factor",
+            "high_frequency_factor must be above low_frequency_factor",
+        )
     return problems
 
 
@@ -240,7 +247,9 @@ def base_model_of(architecture: Architecture) -> dict[str, object]:
     biases = (architecture.qkv_bias, architecture.output_bias, architecture.mlp_bias)
     words = [word for word, where in BIASES.items() if where == biases]
     if not words:
-        raise ValueError(f"no add_linear_biases word for biases on (query/key/value, output, feed-forward) = {biases}")
+        raise ValueError(
+            f"no add_linear_biases word for biases on (query/key/value, output, feed-forward) = {biases}"
+        )
     rotary = architecture.rotary
     rotary_keys: dict[str, object] = {"type": rotary.type, "theta": rotary.theta}
     if rotary.type == "llama3":

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from modelyard.config.document import Document, KeyPath
+from modelyard.config.document import Document, KeyPath, dotted
+from modelyard.errors import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -46,23 +47,38 @@ _DISTRIBUTED = "model.distributed"
 _NEVER = (None,)
 
 NO_EFFECT = (
-    NoEffect("training.num_workers", int, "batches are read from memory-mapped stores, without worker processes"),
+    NoEffect(
+        "training.wandb.project_name", str, "nothing is sent to Weights & Biases while entity_name is null"
+    ),
+    NoEffect("training.wandb.group_name", str, "as project_name"),
+    NoEffect("training.wandb.alert", dict, "as project_name"),
+    NoEffect(
+        "training.num_workers", int, "batches are read from memory-mapped stores, without worker processes"
+    ),
     NoEffect("training.prefetch_factor", int, "as num_workers"),
     NoEffect("training.timeout", float, "a limit on waiting for other processes; there is one process"),
-    NoEffect("training.export.parameters_per_file", int, "export shards have the size that transformers gives them"),
+    NoEffect(
+        "training.export.parameters_per_file", int, "export shards have the size that transformers gives them"
+    ),
     NoEffect("pretrained.timeout", float, "a limit on waiting for other processes; there is one process"),
     NoEffect("model.base_model.cross_entropy_splits", int, "the fused cross-entropy chooses its own pieces"),
     NoEffect("model.base_model.parallel_embeddings", bool, "tensor-parallel only"),
     NoEffect("model.base_model.sequence_first", bool, "an order of dimensions in memory"),
-    NoEffect(f"{_TRANSFORMER}.use_flash_attention", bool, "the fastest attention of the hardware is always used"),
+    NoEffect(
+        f"{_TRANSFORMER}.use_flash_attention", bool, "the fastest attention of the hardware is always used"
+    ),
     NoEffect(f"{_TRANSFORMER}.rotary.triton", bool, "chooses a kernel; exports have one layout"),
     NoEffect(f"{_TRANSFORMER}.normalization.implementation", str, "chooses a kernel"),
     NoEffect(f"{_TRANSFORMER}.mlp_recompute_level", str, "saves memory only; nothing is recomputed yet"),
-    NoEffect("model.multi_stage.zero_stage", int, "one process holds all weights, gradients and optimizer state"),
+    NoEffect(
+        "model.multi_stage.zero_stage", int, "one process holds all weights, gradients and optimizer state"
+    ),
     NoEffect("model.multi_stage.num_grad_buffers", int, "as zero_stage"),
     NoEffect("model.multi_stage.num_weight_buffers", int, "as zero_stage"),
     NoEffect("model.multi_stage.full_precision_gradients", bool, "gradients are always summed in float32"),
-    NoEffect(f"{_DISTRIBUTED}.timeout", float, "a limit on waiting for other processes; there is one process"),
+    NoEffect(
+        f"{_DISTRIBUTED}.timeout", float, "a limit on waiting for other processes; there is one process"
+    ),
     NoEffect(f"{_DISTRIBUTED}.reproducible_init", bool, "initial weights never depend on the layout"),
     NoEffect("optimizer.gradient_scaler", dict, "only float16 needs a scaled loss"),
     NoEffect("run.experiment_name", str, "a label; the folder's name is the run's"),
@@ -83,48 +99,97 @@ NO_EFFECT = (
 )
 
 NOT_BUILT = (
-    NotBuilt("training.wandb.entity_name", _NEVER, "Weights & Biases is not supported yet; metrics.jsonl and TensorBoard are written"),
-    NotBuilt("training.wandb.project_name", ("fast_llm", None), "Weights & Biases is not supported yet; remove it"),
-    NotBuilt("training.wandb.group_name", ("default", None), "Weights & Biases is not supported yet; remove it"),
-    NotBuilt("training.wandb.alert", ({}, None), "Weights & Biases is not supported yet; remove it"),
+    NotBuilt(
+        "training.wandb.entity_name",
+        _NEVER,
+        "Weights & Biases is not supported yet; metrics.jsonl and TensorBoard are written",
+    ),
     NotBuilt("training.checkpoint.callback", ({}, None), "shell callbacks are not run"),
     NotBuilt("training.export.callback", ({}, None), "shell callbacks are not run"),
-    NotBuilt("training.export.model_weights", (True,), "an export is its weights; set export.interval: null for none"),
-    NotBuilt("training.export.optimizer_state", (False, None), "checkpoints hold the optimizer state, exports do not"),
-    NotBuilt("batch.breadth_first_micro_batches", (1, None), "pipeline parallelism is not supported yet; use micro_batch_size"),
-    NotBuilt("batch.micro_sequence_length", _NEVER, "rows are not split along the sequence yet; use a smaller micro_batch_size"),
+    NotBuilt(
+        "training.export.model_weights",
+        (True,),
+        "an export is its weights; set export.interval: null for none",
+    ),
+    NotBuilt(
+        "training.export.optimizer_state",
+        (False, None),
+        "checkpoints hold the optimizer state, exports do not",
+    ),
+    NotBuilt(
+        "batch.breadth_first_micro_batches",
+        (1, None),
+        "pipeline parallelism is not supported yet; use micro_batch_size",
+    ),
+    NotBuilt(
+        "batch.micro_sequence_length",
+        _NEVER,
+        "rows are not split along the sequence yet; use a smaller micro_batch_size",
+    ),
     NotBuilt("data.fim", ({}, None), "fill-in-the-middle is not supported yet"),
     NotBuilt("data.tokenizer.bos_token", _NEVER, "the tokenizer's own is used"),
-    NotBuilt("optimizer.default_learning_rate_scale", (1, 1.0), "write the rate in optimizer.learning_rate.base"),
-    NotBuilt("pretrained.optimizer_state", (False,), "a Hugging Face folder has none; a run resumes from its own checkpoints"),
+    NotBuilt(
+        "optimizer.default_learning_rate_scale", (1, 1.0), "write the rate in optimizer.learning_rate.base"
+    ),
+    NotBuilt(
+        "pretrained.optimizer_state",
+        (False,),
+        "a Hugging Face folder has none; a run resumes from its own checkpoints",
+    ),
     NotBuilt("reference_models", ({}, None), "distillation and DPO are not supported yet"),
     NotBuilt("model.base_model.prediction_heads", (1,), "several prediction heads are not supported"),
-    NotBuilt("model.base_model.prediction_loss_coefficient", _NEVER, "several prediction heads are not supported"),
-    NotBuilt("model.base_model.embeddings_lr_scale", (1, 1.0, None), "one learning rate holds for all parameters"),
-    NotBuilt("model.base_model.output_lr_scale", (1, 1.0, None), "one learning rate holds for all parameters"),
+    NotBuilt(
+        "model.base_model.prediction_loss_coefficient", _NEVER, "several prediction heads are not supported"
+    ),
+    NotBuilt(
+        "model.base_model.embeddings_lr_scale", (1, 1.0, None), "one learning rate holds for all parameters"
+    ),
+    NotBuilt(
+        "model.base_model.output_lr_scale", (1, 1.0, None), "one learning rate holds for all parameters"
+    ),
     NotBuilt("model.base_model.distillation_model", _NEVER, "distillation is not supported yet"),
     NotBuilt("model.base_model.enable_dpo", (False, None), "preference tuning is not supported yet"),
     NotBuilt("model.base_model.dpo_beta", (1, 1.0, None), "preference tuning is not supported yet"),
     NotBuilt("model.base_model.dpo_reference_model", _NEVER, "preference tuning is not supported yet"),
-    NotBuilt("model.base_model.use_megatron_initialization", (False,), "initial weights have one rule; see init_method_std"),
+    NotBuilt(
+        "model.base_model.use_megatron_initialization",
+        (False,),
+        "initial weights have one rule; see init_method_std",
+    ),
     NotBuilt("model.base_model.init_method_max_embed", _NEVER, "initial weights are not clamped"),
     NotBuilt("model.base_model.init_method_min_embed", _NEVER, "initial weights are not clamped"),
-    NotBuilt(f"{_TRANSFORMER}.attention_dropout", (0, 0.0), "dropout is not supported; write attention_dropout: 0"),
+    NotBuilt(
+        f"{_TRANSFORMER}.attention_dropout", (0, 0.0), "dropout is not supported; write attention_dropout: 0"
+    ),
     NotBuilt(f"{_TRANSFORMER}.hidden_dropout", (0, 0.0), "dropout is not supported; write hidden_dropout: 0"),
-    NotBuilt(f"{_TRANSFORMER}.full_precision_residual", (False,), "the residual stream has the type of the weights"),
-    NotBuilt(f"{_TRANSFORMER}.max_window_layers", _NEVER, "a window holds for every layer; write window_size alone"),
-    NotBuilt(f"{_TRANSFORMER}.attention_softmax_scale_power", (0.5,), "attention scores are scaled by head width ** -0.5"),
-    NotBuilt(f"{_TRANSFORMER}.num_experts", (1,), "mixtures of experts are not supported; write num_experts: 1"),
+    NotBuilt(
+        f"{_TRANSFORMER}.full_precision_residual", (False,), "the residual stream has the type of the weights"
+    ),
+    NotBuilt(
+        f"{_TRANSFORMER}.max_window_layers", _NEVER, "a window holds for every layer; write window_size alone"
+    ),
+    NotBuilt(
+        f"{_TRANSFORMER}.attention_softmax_scale_power",
+        (0.5,),
+        "attention scores are scaled by head width ** -0.5",
+    ),
+    NotBuilt(
+        f"{_TRANSFORMER}.num_experts", (1,), "mixtures of experts are not supported; write num_experts: 1"
+    ),
     NotBuilt(f"{_TRANSFORMER}.num_shared_experts", (0,), "mixtures of experts are not supported"),
     NotBuilt(f"{_TRANSFORMER}.num_experts_per_token", (1,), "mixtures of experts are not supported"),
     NotBuilt(f"{_TRANSFORMER}.expert_routing_type", ("aux_loss",), "mixtures of experts are not supported"),
-    NotBuilt(f"{_TRANSFORMER}.expert_auxiliary_loss_coefficient", (0.01,), "mixtures of experts are not supported"),
+    NotBuilt(
+        f"{_TRANSFORMER}.expert_auxiliary_loss_coefficient", (0.01,), "mixtures of experts are not supported"
+    ),
     NotBuilt(f"{_TRANSFORMER}.expert_z_loss_coefficient", (0, 0.0), "mixtures of experts are not supported"),
     NotBuilt(f"{_TRANSFORMER}.moe_jitter_eps", (0, 0.0), "mixtures of experts are not supported"),
     NotBuilt(f"{_TRANSFORMER}.dropless_moe", (True,), "mixtures of experts are not supported"),
     NotBuilt(f"{_TRANSFORMER}.mlp_lr_scale", (1, 1.0, None), "one learning rate holds for all parameters"),
     NotBuilt(f"{_TRANSFORMER}.router_lr_scale", (1, 1.0, None), "one learning rate holds for all parameters"),
-    NotBuilt(f"{_TRANSFORMER}.attention_lr_scale", (1, 1.0, None), "one learning rate holds for all parameters"),
+    NotBuilt(
+        f"{_TRANSFORMER}.attention_lr_scale", (1, 1.0, None), "one learning rate holds for all parameters"
+    ),
     NotBuilt(f"{_TRANSFORMER}.per_layer_lr_scale", _NEVER, "one learning rate holds for all parameters"),
     NotBuilt(f"{_TRANSFORMER}.normalization.zero_centered", (False,), "norm weights are not zero-centred"),
     NotBuilt(f"{_TRANSFORMER}.rotary.attention_factor", _NEVER, "rotary type yarn is not supported yet"),
@@ -135,28 +200,56 @@ NOT_BUILT = (
         for bound in ("max", "min")
         for part in ("", "_qkv", "_attn_proj", "_mlp_1", "_mlp_2")
     ),
-    NotBuilt(f"{_TRANSFORMER}.peft.type", ("none",), "LoRA is not supported yet; remove peft to train all weights"),
+    NotBuilt(
+        f"{_TRANSFORMER}.peft.type", ("none",), "LoRA is not supported yet; remove peft to train all weights"
+    ),
     NotBuilt(f"{_TRANSFORMER}.peft.rank", (8,), "LoRA is not supported yet"),
     NotBuilt(f"{_TRANSFORMER}.peft.alpha", (8, 8.0), "LoRA is not supported yet"),
     NotBuilt(f"{_TRANSFORMER}.peft.dropout", (0, 0.0), "LoRA is not supported yet"),
     NotBuilt(f"{_TRANSFORMER}.peft.layers", (["query", "value"],), "LoRA is not supported yet"),
     NotBuilt(f"{_TRANSFORMER}.peft.freeze_others", (True,), "LoRA is not supported yet"),
     NotBuilt("model.multi_stage.layers_per_stage", (1, 1.0), "pipeline parallelism is not supported yet"),
-    NotBuilt("model.multi_stage.stages_per_pipeline_stage", (1,), "pipeline parallelism is not supported yet"),
-    NotBuilt("model.multi_stage.store_frozen_weights_in_optimization_precision", (True,), "no weights are frozen"),
-    NotBuilt("model.multi_stage.compile_all", (False,), "the program decides what is compiled"),
-    NotBuilt(f"{_DISTRIBUTED}.optimization_dtype", ("float32", "fp32", "float"), "optimizer state is float32"),
-    NotBuilt(f"{_DISTRIBUTED}.tensor_parallel", (1,), "tensor parallelism is not supported yet; write tensor_parallel: 1"),
-    NotBuilt(f"{_DISTRIBUTED}.pipeline_parallel", (1,), "pipeline parallelism is not supported yet; write pipeline_parallel: 1"),
     NotBuilt(
-        f"{_DISTRIBUTED}.sequence_data_parallel", (1,), "sequence parallelism is not supported yet; write sequence_data_parallel: 1"
+        "model.multi_stage.stages_per_pipeline_stage", (1,), "pipeline parallelism is not supported yet"
+    ),
+    NotBuilt(
+        "model.multi_stage.store_frozen_weights_in_optimization_precision", (True,), "no weights are frozen"
+    ),
+    NotBuilt("model.multi_stage.compile_all", (False,), "the program decides what is compiled"),
+    NotBuilt(
+        f"{_DISTRIBUTED}.optimization_dtype", ("float32", "fp32", "float"), "optimizer state is float32"
+    ),
+    NotBuilt(
+        f"{_DISTRIBUTED}.tensor_parallel",
+        (1,),
+        "tensor parallelism is not supported yet; write tensor_parallel: 1",
+    ),
+    NotBuilt(
+        f"{_DISTRIBUTED}.pipeline_parallel",
+        (1,),
+        "pipeline parallelism is not supported yet; write pipeline_parallel: 1",
+    ),
+    NotBuilt(
+        f"{_DISTRIBUTED}.sequence_data_parallel",
+        (1,),
+        "sequence parallelism is not supported yet; write sequence_data_parallel: 1",
     ),
     NotBuilt(f"{_DISTRIBUTED}.sequence_tensor_parallel", (False,), "tensor parallelism is not supported yet"),
     NotBuilt(f"{_DISTRIBUTED}.pipeline_first", (False,), "pipeline parallelism is not supported yet"),
     NotBuilt("schedule.profile_schedule", (False,), "profiling is not supported yet"),
-    NotBuilt("profiling.cpu", (False,), "profiling is not supported yet"),
-    NotBuilt("profiling.cuda", (False,), "profiling is not supported yet"),
+    NotBuilt("profiling", ({}, {"cpu": False, "cuda": False}), "profiling is not supported yet; remove it"),
 )
+
+
+PURE_SECTIONS: tuple[KeyPath, ...] = (
+    ("training", "wandb"),
+    ("model", "multi_stage"),
+    ("model", "base_model", "transformer", "peft"),
+    ("schedule",),
+    ("profiling",),
+    ("reference_models",),
+)
+"""Sections that consist of these tables' keys alone."""
 
 
 def take_neighbours(document: Document) -> tuple[list[str], list[NoEffect]]:
@@ -164,22 +257,52 @@ def take_neighbours(document: Document) -> tuple[list[str], list[NoEffect]]:
     problems: list[str] = []
     without_effect = []
     for row in NO_EFFECT:
-        if not document.has(row.path):
-            continue
-        value, origin = document.get(row.path), document.origin(row.path)
-        kinds: tuple[type, ...] = (int, float) if row.kind is float else (row.kind,)
-        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool) and row.kind is not bool):
-            problems.append(f"{origin}: {row.key} = {value!r}: expected {_KIND_WORDS[row.kind]}")
-        without_effect.append(row)
-        _take(document, row.path)
+        if document.has(row.path):
+            if not _is_kind(document.get(row.path), row.kind):
+                shown = _shown(document.get(row.path))
+                problems.append(
+                    f"{document.origin(row.path)}: {row.key} = {shown}: expected {_KIND_WORDS[row.kind]}"
+                )
+            without_effect.append(row)
+            _take(document, row.path)
     for feature in NOT_BUILT:
-        if not document.has(feature.path):
-            continue
-        value, origin = document.get(feature.path), document.origin(feature.path)
-        if not any(value == harmless and type(value) is type(harmless) for harmless in feature.harmless):
-            problems.append(f"{origin}: {feature.key} = {_shown(value)}: {feature.instead}")
-        _take(document, feature.path)
+        if document.has(feature.path):
+            value = document.get(feature.path)
+            if not any(value == harmless and type(value) is type(harmless) for harmless in feature.harmless):
+                problems.append(
+                    f"{document.origin(feature.path)}: {feature.key} = {_shown(value)}: {feature.instead}"
+                )
+            _take(document, feature.path)
+    for section in PURE_SECTIONS:
+        if document.has(section):
+            problems += _left_over(document, section)
+            _take(document, section)
     return problems, without_effect
+
+
+def _left_over(document: Document, section: KeyPath) -> list[str]:
+    value, keys = document.get(section), neighbour_keys(section)
+    if value is None:
+        return []
+    if not isinstance(value, dict):
+        return [
+            f"{document.origin(section)}: {dotted(section)} = {_shown(value)}: expected a section with keys {', '.join(keys)}"
+        ]
+    return [
+        f"{document.origin((*section, key))}: unknown key '{key}' in {dotted(section)}"
+        f"{did_you_mean(key, keys) or '; known keys: ' + ', '.join(keys)}"
+        for key in value
+    ]
+
+
+def _is_kind(value: Any, kind: type) -> bool:
+    if value is None:
+        return True
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    if kind is int and isinstance(value, float):
+        return value.is_integer()
+    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
 
 
 _KIND_WORDS = {int: "a whole number", float: "a number", bool: "yes or no", str: "text", dict: "a section"}
@@ -198,8 +321,10 @@ def _shown(value: Any) -> str:
 
 def neighbour_keys(section: KeyPath) -> list[str]:
     """Names of the tables' keys directly in `section`."""
-    paths = [row.path for row in (*NO_EFFECT, *NOT_BUILT)]
-    names = {str(path[len(section)]) for path in paths if path[: len(section)] == section and len(path) > len(section)}
+    paths = [row.path for row in NO_EFFECT] + [feature.path for feature in NOT_BUILT]
+    names = {
+        str(path[len(section)])
+        for path in paths
+        if path[: len(section)] == section and len(path) > len(section)
+    }
     return sorted(names)
-
-

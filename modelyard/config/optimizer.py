@@ -68,11 +68,15 @@ class LearningRateConfig(Section):
         if style != "constant" and self.minimum > self.base:
             problems.append(f"minimum {self.minimum:g} is above base {self.base:g}")
         if style == "wsd" and start is None:
-            problems.append("decay_style wsd needs decay_start_iteration (the step until which the rate stays at base)")
+            problems.append(
+                "decay_style wsd needs decay_start_iteration (the step until which the rate stays at base)"
+            )
         if style != "wsd" and start is not None:
             problems.append(f"decay_start_iteration belongs to decay_style wsd, not {style}")
         if style == "wsd" and start is not None and start < self.warmup_iterations:
-            problems.append(f"decay_start_iteration {start} lies inside the warm-up ({self.warmup_iterations} iterations)")
+            problems.append(
+                f"decay_start_iteration {start} lies inside the warm-up ({self.warmup_iterations} iterations)"
+            )
         if style == "wsd" and start is not None and end is not None and start >= end:
             problems.append(f"decay_start_iteration {start} is not before decay_iterations {end}")
         return problems
@@ -80,7 +84,9 @@ class LearningRateConfig(Section):
     def _schedule_problems(self) -> list[str]:
         others = sorted(self.model_fields_set - {"schedule"})
         if others:
-            return [f"schedule describes the whole learning rate; remove {', '.join(others)}, or remove schedule"]
+            return [
+                f"schedule describes the whole learning rate; remove {', '.join(others)}, or remove schedule"
+            ]
         try:
             stages = self.stages()
         except ValueError as error:

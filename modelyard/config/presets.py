@@ -19,13 +19,22 @@ def _llama3(
         head_size=hidden // heads,
         ffn_hidden_size=ffn,
         tie_word_embeddings=tied,
-        rotary=Rotary(type="llama3", theta=500_000.0, scale_factor=scale) if scale else Rotary(theta=500_000.0),
+        rotary=Rotary(type="llama3", theta=500_000.0, scale_factor=scale)
+        if scale
+        else Rotary(theta=500_000.0),
         max_position_embeddings=131_072 if scale else 8192,
     )
 
 
 def _qwen2(
-    layers: int, hidden: int, ffn: int, heads: int, groups: int, *, vocabulary: int = 151_936, epsilon: float = 1e-6
+    layers: int,
+    hidden: int,
+    ffn: int,
+    heads: int,
+    groups: int,
+    *,
+    vocabulary: int = 151_936,
+    epsilon: float = 1e-6,
 ) -> Architecture:
     """Qwen 2.5 base models: bias on query, key and value; embeddings tied up to 3B."""
     return Architecture(
@@ -118,5 +127,7 @@ PRESETS: dict[str, Architecture] = {
 def preset(name: str) -> Architecture:
     """The shape called `name`. Raises UserError with the names there are."""
     if name not in PRESETS:
-        raise UserError(f"unknown preset '{name}'{did_you_mean(name, PRESETS)} (there are: {', '.join(PRESETS)})")
+        raise UserError(
+            f"unknown preset '{name}'{did_you_mean(name, PRESETS)} (there are: {', '.join(PRESETS)})"
+        )
     return PRESETS[name]

@@ -99,7 +99,9 @@ class ExportConfig(IntervalConfig):
     @model_validator(mode="after")
     def _format_given(self) -> ExportConfig:
         if self.interval is not None and self.format is None:
-            raise ValueError("export.interval is given without export.format; write format: llama (or qwen2, mistral)")
+            raise ValueError(
+                "export.interval is given without export.format; write format: llama (or qwen2, mistral)"
+            )
         return self
 
 
@@ -140,7 +142,9 @@ class TrainingConfig(Section):
                 f"shutdown.interval {shutdown.interval} must be a multiple of checkpoint.interval {checkpoint.interval}"
             )
         if (shutdown.offset - checkpoint.offset) % checkpoint.interval:
-            raise ValueError(f"shutdown.offset {shutdown.offset} must fall on a checkpoint (offset {checkpoint.offset})")
+            raise ValueError(
+                f"shutdown.offset {shutdown.offset} must fall on a checkpoint (offset {checkpoint.offset})"
+            )
         return self
 
 
@@ -148,6 +152,10 @@ def _with_dataset_name(name: str, entry: Any) -> Any:
     if not isinstance(entry, dict):
         return entry
     evaluator = entry.get("evaluator", {})
-    if not isinstance(evaluator, dict) or evaluator.get("type", "loss") != "loss" or evaluator.get("dataset_name"):
+    if (
+        not isinstance(evaluator, dict)
+        or evaluator.get("type", "loss") != "loss"
+        or evaluator.get("dataset_name")
+    ):
         return entry
     return {**entry, "evaluator": {**evaluator, "dataset_name": name}}

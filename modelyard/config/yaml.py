@@ -18,7 +18,7 @@ from modelyard.errors import UserError, missing_path
 _WORDS: dict[str, bool | None] = {
     "": None,
     "~": None,
-    **{spelling: None for spelling in ("null", "Null", "NULL")},
+    **dict.fromkeys(("null", "Null", "NULL")),
     **{spelling: True for word in ("true", "yes", "on") for spelling in (word, word.title(), word.upper())},
     **{spelling: False for word in ("false", "no", "off") for spelling in (word, word.title(), word.upper())},
 }
@@ -62,10 +62,14 @@ def parse_yaml(text: str, name: str) -> Document:
     """Read a configuration from text; `name` stands for the file in messages."""
     node = _compose(text, name)
     if node is None:
-        raise UserError(f"{name} is empty; a configuration has sections such as training, batch, data, model, run")
+        raise UserError(
+            f"{name} is empty; a configuration has sections such as training, batch, data, model, run"
+        )
     if not isinstance(node, yaml.MappingNode):
         what = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
-        raise UserError(f"{name}:{_line(node)}: found {what}, but a configuration is made of `key: value` sections")
+        raise UserError(
+            f"{name}:{_line(node)}: found {what}, but a configuration is made of `key: value` sections"
+        )
     builder = _Builder(name)
     values = builder.value(node, ())
     if builder.problems:
@@ -94,7 +98,9 @@ def _compose(text: str, name: str) -> yaml.Node | None:
     try:
         for token in yaml.scan(text, Loader=yaml.SafeLoader):
             if isinstance(token, yaml.TagToken):
-                raise UserError(f"{name}:{token.start_mark.line + 1}: tags (`!...`) are not read; quote text instead")
+                raise UserError(
+                    f"{name}:{token.start_mark.line + 1}: tags (`!...`) are not read; quote text instead"
+                )
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -175,11 +181,12 @@ class _Builder:
         for key, value in values.items():
             if key not in result:
                 result[key] = value
-                self.origins.update({path + below: origin for below, origin in nested.origins.items() if below[0] == key})
+                self.origins.update(
+                    {path + below: origin for below, origin in nested.origins.items() if below[0] == key}
+                )
 
     def _origin(self, node: yaml.Node) -> str:
         return self.name if self.name.startswith("override ") else f"{self.name}:{_line(node)}"
 
     def _complain(self, node: yaml.Node, problem: str) -> None:
         self.problems.append(f"{self._origin(node)}: {problem}")
-

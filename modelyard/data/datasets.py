@@ -15,19 +15,15 @@ from typing import Protocol
 import numpy as np
 
 from modelyard.config.data import (
-    BlendedDataset,
     ConcatenatedDataset,
     DatasetConfig,
-    FileDataset,
     MemmapDataset,
     RandomDataset,
-    SampledDataset,
     SliceDataset,
 )
-from modelyard.data.dataset_file import read_dataset_file
 from modelyard.data.order import derive_key, keyed_hash
 from modelyard.data.store import TokenStore
-from modelyard.errors import UserError, missing_path
+from modelyard.errors import UserError
 
 
 class IndexedDataset(Protocol):
@@ -43,6 +39,8 @@ class IndexedDataset(Protocol):
     """One past the largest token that may occur."""
     fingerprint: str
     """Changes with the content."""
+    tokenizer_folder: Path | None
+    """The tokenizer that came with the data."""
 
     def lengths(self, begin: int, end: int) -> np.ndarray:
         """Tokens of each document in `begin:end`, an integer array [end - begin]."""
@@ -84,6 +82,8 @@ class StoredDataset:
         self.lanes = frozenset(self._store.lanes)
         self.vocab_size = self._store.vocab_size
         self.fingerprint = self._store.fingerprint
+        tokenizer = path / "tokenizer"
+        self.tokenizer_folder = tokenizer if tokenizer.is_dir() else None
         self.lengths = self._store.lengths
         self.offset = self._store.offset
         self.document = self._store.document
@@ -117,6 +117,7 @@ class SlicedDataset:
         self.num_tokens = dataset.offset(last) - self._before
         self.lanes = dataset.lanes
         self.vocab_size = dataset.vocab_size
+        self.tokenizer_folder = dataset.tokenizer_folder
         self.fingerprint = _fingerprint("slice", dataset.fingerprint, self._first, last)
 
     def lengths(self, begin: int, end: int) -> np.ndarray:
@@ -152,6 +153,7 @@ class ConcatenatedDatasets:
         self.num_tokens = self._before[-1]
         self.lanes = frozenset.intersection(*(dataset.lanes for dataset in datasets))
         self.vocab_size = max(dataset.vocab_size for dataset in datasets)
+        self.tokenizer_folder = next(filter(None, (dataset.tokenizer_folder for dataset in datasets)), None)
         self.fingerprint = _fingerprint("concatenated", *(dataset.fingerprint for dataset in datasets))
 
     def _find(self, index: int) -> tuple[int, int]:
@@ -195,6 +197,7 @@ class RandomTokens:
     """Documents of random tokens, all of one length, computed when they are read (`random`)."""
 
     lanes: frozenset[str] = frozenset()
+    tokenizer_folder: Path | None = None
 
     def __init__(self, name: str, *, num_documents: int, document_length: int, vocab_size: int, seed: int):
         self.name = f"random '{name}'"
@@ -228,32 +231,13 @@ class RandomTokens:
         return f"document {index} of {self.name}"
 
 
-def follow_files(config: DatasetConfig, base: Path | None) -> tuple[DatasetConfig, Path | None]:
-    """The dataset that a chain of `file` datasets leads to, and the folder that its paths are relative to.
-
-    `base` is the folder for `config`'s own paths; None is the working directory.
-
-    Raises:
-        UserError: a file is missing, does not hold a dataset, or the chain comes back to where it was.
-    """
-    chain: list[Path] = []
-    while isinstance(config, FileDataset):
-        path = resolve_path(config.path, base)
-        if path in chain:
-            raise UserError(f"dataset files lead in a circle: {' → '.join(map(str, [*chain, path]))}")
-        chain.append(path)
-        config, base = read_dataset_file(path), path.parent
-    return config, base
-
-
 def open_dataset(
-    config: DatasetConfig, base: Path | None, *, vocab_size: int, sequence_length: int, seed: int
+    config: DatasetConfig, *, vocab_size: int, sequence_length: int, seed: int
 ) -> IndexedDataset:
-    """Open a dataset whose documents are numbered: any type but `blended` and `sampled`.
+    """Open a resolved dataset (see `modelyard.data.resolve`) whose documents are numbered.
 
     Args:
-        config: what the user wrote.
-        base: the folder that relative paths start from; None is the working directory.
+        config: any type but `blended` and `sampled`, without `file` inside.
         vocab_size: of the model, tokens; `random` draws from it.
         sequence_length: tokens; the default length of `random` documents.
         seed: key of `random` tokens.
@@ -262,43 +246,32 @@ def open_dataset(
         UserError: something is missing, torn or empty, or a blend stands where documents are needed.
     """
 
-    def open_inside(inside: DatasetConfig, folder: Path | None, files: tuple[Path, ...]) -> IndexedDataset:
-        if isinstance(inside, FileDataset):
-            path = resolve_path(inside.path, folder)
-            if path in files:
-                raise UserError(f"dataset files lead in a circle: {' → '.join(map(str, [*files, path]))}")
-            return open_inside(read_dataset_file(path), path.parent, (*files, path))
-        if isinstance(inside, MemmapDataset):
-            path = resolve_path(inside.path, folder)
-            return StoredDataset(path, inside.num_documents, inside.num_tokens)
-        if isinstance(inside, SliceDataset):
-            return SlicedDataset(open_inside(inside.dataset, folder, files), inside.begin, inside.end)
-        if isinstance(inside, ConcatenatedDataset):
-            parts = [open_inside(part, folder, files) for part in inside.datasets]
-            return ConcatenatedDatasets(inside.name, parts)
-        if isinstance(inside, RandomDataset):
-            return RandomTokens(
-                inside.name,
-                num_documents=inside.num_documents,
-                document_length=inside.document_length or sequence_length,
-                vocab_size=vocab_size,
-                seed=seed,
-            )
-        assert isinstance(inside, BlendedDataset | SampledDataset)
+    def open_inside(inside: DatasetConfig) -> IndexedDataset:
+        match inside:
+            case MemmapDataset():
+                return StoredDataset(inside.path, inside.num_documents, inside.num_tokens)
+            case SliceDataset():
+                return SlicedDataset(open_inside(inside.dataset), inside.begin, inside.end)
+            case ConcatenatedDataset():
+                return ConcatenatedDatasets(inside.name, [open_inside(part) for part in inside.datasets])
+            case RandomDataset():
+                length = inside.document_length or sequence_length
+                return RandomTokens(
+                    inside.name,
+                    num_documents=inside.num_documents,
+                    document_length=length,
+                    vocab_size=vocab_size,
+                    seed=seed,
+                )
         raise UserError(
             f"a dataset of type '{inside.type}' cannot stand inside 'concatenated': it has rows, not documents; "
-            "put the concatenation inside it"
+            "blend the concatenations instead"
         )
 
-    dataset = open_inside(config, base, ())
-    if not dataset.num_documents or not dataset.num_tokens:
+    dataset = open_inside(config)
+    if not dataset.num_tokens:
         raise UserError(f"{dataset.name} has no tokens ({dataset.num_documents:,} documents)")
     return dataset
-
-
-def resolve_path(path: Path, base: Path | None) -> Path:
-    """An absolute path, from the folder `base` or the working directory; UserError when nothing is there."""
-    ...
 
 
 def _fingerprint(*parts: str | int) -> str:

@@ -106,9 +106,17 @@ class DocumentOrder:
         if not self.shuffled(block):
             first, last = np.array([begin * RUN_DOCUMENTS]), np.array([end * RUN_DOCUMENTS])
         else:
-            run = permute(derive_key(self.key, "runs", cycle), np.arange(begin, end), self._runs) % self._runs_per_pass
+            run = (
+                permute(derive_key(self.key, "runs", cycle), np.arange(begin, end), self._runs)
+                % self._runs_per_pass
+            )
             first, last = run * RUN_DOCUMENTS, (run + 1) * RUN_DOCUMENTS
         return first, np.minimum(last, self.num_documents)
+
+    def documents(self, block: int) -> int:
+        """How many documents a block has."""
+        first, last = self.runs(block)
+        return int((last - first).sum())
 
     def shuffle_documents(self, block: int, count: int) -> np.ndarray:
         """The order of a block's `count` documents, as positions in its concatenated runs, int64 [count]."""

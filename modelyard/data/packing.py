@@ -63,7 +63,9 @@ def _best_fit(sizes: list[int], capacity: int) -> list[int]:
     smallest = sizes[-1]
     row_bits = len(sizes).bit_length()
     row_mask = (1 << row_bits) - 1
-    open_rows: list[int] = []  # (free tokens, row) of rows that can still take a document, as one sorted integer each
+    open_rows: list[
+        int
+    ] = []  # (free tokens, row) of rows that can still take a document, as one sorted integer each
     result = []
     rows = 0
     for size in sizes:

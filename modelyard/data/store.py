@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,7 +28,11 @@ OFFSET_INTERVAL = 256
 
 TOKENS_PER_SHARD = 1_000_000_000
 LANE_TYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype("<u1"), "float32": np.dtype("<f4")}
-TOKEN_TYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype("<u1"), "uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+TOKEN_TYPES: dict[str, np.dtype[Any]] = {
+    "uint8": np.dtype("<u1"),
+    "uint16": np.dtype("<u2"),
+    "uint32": np.dtype("<u4"),
+}
 LENGTH_TYPE = np.dtype("<u4")
 OFFSET_TYPE = np.dtype("<i8")
 
@@ -172,7 +176,7 @@ class StoreWriter:
         path: the folder to make; must not exist.
         vocab_size: one past the largest token id; decides the token width unless `dtype` names a wider one.
         lanes: name → "uint8" or "float32" of each per-token lane; every `append` must bring all of them.
-        tokenizer_files: files copied into `tokenizer/`.
+        tokenizer_files: name → content of what goes into `tokenizer/`.
         description: goes into the manifest under these keys (tokenizer fingerprint, separator, …).
         saving_workers: threads that sync and checksum full shards while the next one is written.
     """
@@ -185,7 +189,7 @@ class StoreWriter:
         lanes: Mapping[str, str] | None = None,
         dtype: str | None = None,
         tokens_per_shard: int = TOKENS_PER_SHARD,
-        tokenizer_files: Iterable[Path] = (),
+        tokenizer_files: Mapping[str, bytes] | None = None,
         description: Mapping[str, Any] | None = None,
         saving_workers: int = 1,
     ):
@@ -199,7 +203,7 @@ class StoreWriter:
         self.tokens_per_shard = tokens_per_shard
         self.num_documents = 0
         self.num_tokens = 0
-        self._tokenizer_files = list(tokenizer_files)
+        self._tokenizer_files = dict(tokenizer_files or {})
         self._description = dict(description or {})
         self._types = {"tokens": TOKEN_TYPES[self.dtype_name]}
         self._types |= {name: LANE_TYPES[kind] for name, kind in self.lanes.items()}
@@ -278,6 +282,10 @@ class StoreWriter:
             self._shards[-1]["tokens"] += until - taken
             begin, taken = stop, until
 
+    def include(self, name: str) -> None:
+        """Make `name`, which the caller has written into `temporary`, part of the store."""
+        self._finish((self.temporary / name).open("rb"))
+
     def _write_index(self, lengths: np.ndarray, ends: np.ndarray) -> None:
         first = (
             -self.num_documents % OFFSET_INTERVAL
@@ -314,9 +322,9 @@ class StoreWriter:
         self._open = {}
         if self._tokenizer_files:
             (self.temporary / "tokenizer").mkdir()
-        for source in self._tokenizer_files:
-            copy = (self.temporary / "tokenizer" / source.name).open("wb")
-            copy.write(source.read_bytes())
+        for name, content in self._tokenizer_files.items():
+            copy = (self.temporary / "tokenizer" / name).open("wb")
+            copy.write(content)
             self._finish(copy)
         files = {name: self._finished[name].result() for name in sorted(self._finished)}
         manifest: dict[str, Any] = {
@@ -423,8 +431,8 @@ def _problems(path: Path, manifest: dict[str, Any]) -> list[str]:
 
 
 def _fingerprint(files: Mapping[str, Mapping[str, Any]]) -> str:
-    """sha256 over the data files' names and checksums: what the tokens are, not how they were described."""
-    data = {name: facts["sha256"] for name, facts in files.items() if "/" not in name}
+    """sha256 over the names and checksums of tokens, lanes and index: what the data is, not how it was described."""
+    data = {name: facts["sha256"] for name, facts in files.items() if name.endswith(".bin")}
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 

@@ -145,8 +145,9 @@ def _loop(q: Tensor, k: Tensor, v: Tensor, lengths: list[tuple[int, int]], windo
         return _segment(q, k, v, window).flatten(0, 1)
     # `split`, not slices: its backward is one concatenation, a slice's is a zero tensor of full size each.
     q_lengths, k_lengths = ([length[i] for length in lengths] for i in (0, 1))
-    segments = zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths))
-    return torch.cat([_segment(*(t[None] for t in s), window)[0] for s in segments if s[0].shape[0]])
+    segments = zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths), strict=True)
+    parts = [_segment(q[None], k[None], v[None], window)[0] for q, k, v in segments if q.shape[0]]
+    return torch.cat(parts)
 
 
 def _segment(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:

@@ -133,7 +133,7 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
 
     @property
-    def output_weight(self) -> nn.Parameter:
+    def output_weight(self) -> Tensor:
         """The head's matrix [vocabulary, hidden]: the embedding itself where they are tied."""
         return self.embed_tokens.weight if self.architecture.tie_word_embeddings else self.lm_head.weight
 

@@ -16,7 +16,6 @@ from torch.autograd.function import once_differentiable
 
 from modelyard.dtypes import wide
 
-
 # --- RMSNorm ----------------------------------------------------------------------------------------------------
 
 

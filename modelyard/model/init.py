@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,42 +18,54 @@ from modelyard.config.architecture import Architecture
 
 @dataclass(frozen=True)
 class InitStd:
-    """Standard deviations of the normal distributions that weights are drawn from; None takes the default.
+    """Standard deviations of the normal distributions that weights are drawn from."""
 
-    Names are those of the schema's `init_method_std*` keys.
-    """
-
-    base: float | None = None
-    """hidden_size^-0.5; what the others default to."""
-    embed: float | None = None
+    embedding: float
     """Embedding and output head."""
-    qkv: float | None = None
-    mlp_1: float | None = None
+    qkv: float
+    attention_output: float
+    mlp_in: float
     """Gate and up projections."""
-    attn_proj: float | None = None
-    """base / sqrt(2 * num_layers), so that the residual stream's variance does not grow with depth."""
-    mlp_2: float | None = None
-    """Down projection; as `attn_proj`."""
+    mlp_out: float
 
-    def resolve(self, architecture: Architecture) -> InitStd:
-        """The same with every default filled in."""
-        base = architecture.hidden_size**-0.5 if self.base is None else self.base
+    @classmethod
+    def for_architecture(
+        cls,
+        architecture: Architecture,
+        *,
+        base: float | None = None,
+        embedding: float | None = None,
+        qkv: float | None = None,
+        attention_output: float | None = None,
+        mlp_in: float | None = None,
+        mlp_out: float | None = None,
+    ) -> InitStd:
+        """Those given, the others from `base` (default hidden_size^-0.5).
+
+        The two projections that write to the residual stream default to base / sqrt(2 * num_layers), so that its
+        variance does not grow with depth.
+        """
+        base = architecture.hidden_size**-0.5 if base is None else base
         output = base / math.sqrt(2 * architecture.num_layers)
-        defaults = {"base": base, "attn_proj": output, "mlp_2": output}
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
-        return InitStd(**{n: defaults.get(n, base) if v is None else v for n, v in given.items()})
+        return cls(
+            embedding=base if embedding is None else embedding,
+            qkv=base if qkv is None else qkv,
+            attention_output=output if attention_output is None else attention_output,
+            mlp_in=base if mlp_in is None else mlp_in,
+            mlp_out=output if mlp_out is None else mlp_out,
+        )
 
 
 _FIELD_OF_MODULE = {
-    "embed_tokens": "embed",
-    "lm_head": "embed",
+    "embed_tokens": "embedding",
+    "lm_head": "embedding",
     "q_proj": "qkv",
     "k_proj": "qkv",
     "v_proj": "qkv",
-    "o_proj": "attn_proj",
-    "gate_proj": "mlp_1",
-    "up_proj": "mlp_1",
-    "down_proj": "mlp_2",
+    "o_proj": "attention_output",
+    "gate_proj": "mlp_in",
+    "up_proj": "mlp_in",
+    "down_proj": "mlp_out",
 }
 
 
@@ -66,7 +78,7 @@ def key(seed: int, *names: str | int) -> int:
 def initial_tensor(
     name: str, shape: tuple[int, ...], std: InitStd, *, seed: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """The full initial tensor of the logical parameter `name`, fp32. `std` is resolved."""
+    """The full initial tensor of the logical parameter `name`, fp32."""
     *_, module, kind = name.split(".")
     if kind == "bias":
         return torch.zeros(shape, device=device)
@@ -79,18 +91,8 @@ def initial_tensor(
 
 
 @torch.no_grad()
-def initialize(
-    model: nn.Module,
-    architecture: Architecture,
-    *,
-    seed: int,
-    std: InitStd | None = None,
-    device: torch.device | str = "cpu",
-) -> None:
-    """Fill the model's parameters in place; a model on the meta device gets memory on `device` first."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        model.to_empty(device=device)
-    resolved = (std or InitStd()).resolve(architecture)
+def initialize(model: nn.Module, seed: int, std: InitStd) -> None:
+    """Fill every parameter in place, in its own dtype. The model's memory exists (`to_empty` after the meta device)."""
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
-        parameter.copy_(initial_tensor(name, shape, resolved, seed=seed, device=parameter.device))
+        parameter.copy_(initial_tensor(name, shape, std, seed=seed, device=parameter.device))

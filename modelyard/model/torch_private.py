@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,13 +31,15 @@ def varlen_attention(
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, bool] = {}
+    takes_groups = "enable_gqa" in _varlen_parameters()
+    options: dict[str, Any] = {}
     if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in _varlen_parameters():
+        if takes_groups:
             options["enable_gqa"] = True
         else:
             repeats = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    _varlen_parameters()
-    left = -1 if window is None else window - 1  # the present token is inside our window, not inside theirs
-    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(left, 0), **options)
+    # Their window counts the tokens to the left of the present one, ours includes it.
+    window_size = (-1 if window is None else window - 1, 0)
+    out: Any = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=window_size, **options)
+    return out

@@ -12,7 +12,7 @@ from modelyard.config.train import TrainConfig
 from modelyard.data.stream import DataStream
 from modelyard.errors import UserError
 from modelyard.model.decoder import Decoder
-from modelyard.model.formats import WeightSource, open_huggingface
+from modelyard.model.formats import load_weights, open_huggingface
 from modelyard.model.init import InitStd, initialize
 from modelyard.train.step import LossOptions
 
@@ -40,7 +40,7 @@ def initial_weights(model: Decoder, architecture: Architecture, config: TrainCon
     """Fill the parameters: from `pretrained`, or drawn by (seed, name). Returns a line that says which."""
     pretrained = config.pretrained
     if pretrained is not None and pretrained.model_weights:
-        copy_weights(open_huggingface(Path(pretrained.path)).weights, model, architecture)
+        load_weights(model, open_huggingface(Path(pretrained.path)).weights, pretrained.path)
         return f"weights from {pretrained.path}"
     transformer = config.model.base_model.transformer
     seed = config.model.distributed.seed
@@ -57,22 +57,6 @@ def initial_weights(model: Decoder, architecture: Architecture, config: TrainCon
     return f"weights drawn from seed {seed}"
 
 
-def copy_weights(source: WeightSource, model: Decoder, architecture: Architecture) -> None:
-    """Copy every parameter from `source`. Raises UserError when one is missing or has another shape."""
-    problems = []
-    available = set(source.names())
-    for name, shape in architecture.parameter_shapes().items():
-        if name not in available:
-            problems.append(f"the weights have no '{name}'")
-        elif tuple(source.shape(name)) != shape:
-            problems.append(f"'{name}' has shape {tuple(source.shape(name))} in the weights, the model needs {shape}")
-    if problems:
-        raise UserError(*problems)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(source.load(name))
-
-
 def open_stream(config: TrainConfig, name: str, architecture: Architecture) -> DataStream:
     """The batches of `data.datasets.<name>`."""
     if name not in config.data.datasets:
@@ -84,6 +68,7 @@ def open_stream(config: TrainConfig, name: str, architecture: Architecture) -> D
         sampling=config.data.sampling,
         batch=config.batch,
         vocab_size=architecture.vocab_size,
+        total_rows=config.training.train_iters * config.batch.batch_size,
     )
 
 

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,10 @@ class Checkpoint:
             raise UserError(
                 f"{folder} has checkpoint format {self.state['format_version']}; this version reads {FORMAT_VERSION}"
             )
-        self._reader = SafeFileSystemReader(folder)
+        try:
+            self._reader = SafeFileSystemReader(folder)
+        except (OSError, pickle.UnpicklingError) as error:
+            raise UserError(f"{folder / '.metadata'} cannot be used: {error}") from error
         self._tensors: dict[str, TensorStorageMetadata] = self._reader.read_metadata().state_dict_metadata
 
     @staticmethod
@@ -110,6 +114,9 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[f"model.{name}"].size)
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[f"model.{name}"].properties.dtype
+
     def load(self, name: str) -> torch.Tensor:
         """One parameter, full, on the CPU, in its stored dtype."""
         entry = self._tensors[f"model.{name}"]
@@ -118,15 +125,15 @@ class Checkpoint:
         return tensor
 
 
-def newest_usable(directory: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose files are whole, and a line for each newer one that is not."""
-    passed_over = []
+def newest_usable(directory: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """The newest checkpoint whose files are whole, and what is wrong with each newer one that is not."""
+    damaged: dict[Path, str] = {}
     for folder in reversed(numbered_folders(directory)):
         if problems := Checkpoint.problems(folder):
-            passed_over.append(f"checkpoint {folder} is damaged and is passed over: {problems[0]}")
-            continue
-        return Checkpoint(folder), passed_over
-    return None, passed_over
+            damaged[folder] = problems[0]
+        else:
+            return Checkpoint(folder), damaged
+    return None, damaged
 
 
 def find_checkpoint(path: Path) -> Path | None:

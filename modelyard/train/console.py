@@ -5,15 +5,21 @@ from __future__ import annotations
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 class Console:
-    """Prints lines; `log_file` gets them too, each with its time."""
+    """Prints lines; a log file, once there is one, gets them all, each with its time."""
 
-    def __init__(self, log_file: Path | None = None):
-        self._file = log_file.open("a", encoding="utf-8") if log_file else None
+    def __init__(self) -> None:
+        self._file: TextIO | None = None
+        self._unwritten: list[str] = []
         self._progress: Any = None
+
+    def open_log(self, path: Path) -> None:
+        """Append to `path` from here on, beginning with the lines so far."""
+        self._file = path.open("a", encoding="utf-8")
+        self._write()
 
     def start_bar(self, total: int, *, done: int) -> None:
         """Show a bar of `total` iterations below the lines, on a terminal only."""
@@ -31,10 +37,15 @@ class Console:
             self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, flush=True)
+        now = datetime.now().isoformat(sep=" ", timespec="seconds")
+        self._unwritten += [f"{now}  {part}\n" for part in text.splitlines()]
+        self._write()
+
+    def _write(self) -> None:
         if self._file:
-            now = datetime.now().isoformat(sep=" ", timespec="seconds")
-            self._file.write("".join(f"{now}  {part}\n" for part in text.splitlines()))
+            self._file.writelines(self._unwritten)
             self._file.flush()
+            self._unwritten.clear()
 
     def advance(self, iteration: int, loss: float) -> None:
         if self._progress is not None:

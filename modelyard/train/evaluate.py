@@ -8,7 +8,8 @@ from pathlib import Path
 
 from modelyard.config.loader import Loaded
 from modelyard.errors import UserError, missing_path
-from modelyard.train.build import build_model, compute_device, copy_weights, open_stream, tokenizer_folder
+from modelyard.model.formats import load_weights
+from modelyard.train.build import build_model, compute_device, open_stream, tokenizer_folder
 from modelyard.train.checkpoint import Checkpoint, find_checkpoint
 from modelyard.train.evaluators import Evaluators
 from modelyard.train.weights import DTYPES
@@ -19,7 +20,7 @@ def evaluate(loaded: Loaded, *, checkpoint: Path | None, as_json: bool) -> int:
 
     `checkpoint` is a checkpoint folder; None takes the newest of `run.experiment_dir`.
     """
-    config = loaded.config
+    config = loaded.train
     folder = find_checkpoint(checkpoint or config.run.experiment_dir)
     if folder is None:
         where = checkpoint or config.run.experiment_dir / "checkpoint"
@@ -35,7 +36,7 @@ def evaluate(loaded: Loaded, *, checkpoint: Path | None, as_json: bool) -> int:
 
     device = compute_device()
     model = build_model(source.architecture, device)
-    copy_weights(source, model, source.architecture)
+    load_weights(model, source, str(folder))
     model.to(DTYPES[config.model.distributed.training_dtype])
     say(f"checkpoint {folder}")
     tokenizer = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,6 +27,9 @@ class LiveWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.parameters[name].shape)
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self.parameters[name].dtype
+
     def load(self, name: str) -> torch.Tensor:
         return self.parameters[name].detach()
 
@@ -49,30 +53,40 @@ def export_weights(
         dtype=DTYPES[export.data_type],
         tokenizer_folder=tokenizer_folder,
         reference_folder=Path(config.pretrained.path) if config.pretrained else None,
+        sequence_length=config.batch.sequence_length,
     )
 
 
-def open_model(path: Path) -> tuple[WeightSource, Architecture, str, Path, Path | None]:
-    """Weights of a checkpoint, an experiment's newest checkpoint, or a Hugging Face folder.
+@dataclass(frozen=True)
+class OpenModel:
+    """A model on disk, whatever its form."""
 
-    Returns (weights, architecture, family, folder, tokenizer folder or None). Raises UserError when `path` is none of
-    them.
-    """
+    weights: WeightSource
+    architecture: Architecture
+    family: str
+    folder: Path
+    is_huggingface: bool
+    tokenizer_folder: Path | None
+
+
+def open_model(path: Path) -> OpenModel:
+    """A checkpoint, an experiment's newest checkpoint, or a Hugging Face folder. Raises UserError otherwise."""
     if not path.exists():
         raise UserError(f"model {missing_path(path)}")
     if (path / "config.json").is_file():
         model = open_huggingface(path)
-        return model.weights, model.architecture, model.family, path, path
+        return OpenModel(model.weights, model.architecture, model.family, path, True, path)
     folder = find_checkpoint(path)
     if folder is None:
         raise UserError(f"{path} holds neither a Hugging Face model (config.json) nor a checkpoint")
     checkpoint = Checkpoint(folder)
     tokenizer = folder.parent.parent / "tokenizer"
-    return (
+    return OpenModel(
         checkpoint,
         checkpoint.architecture,
-        natural_family(checkpoint.architecture),
+        checkpoint.config["training"]["export"]["format"] or natural_family(checkpoint.architecture),
         folder,
+        False,
         tokenizer if tokenizer.is_dir() else None,
     )
 
@@ -87,19 +101,22 @@ def natural_family(architecture: Architecture) -> str:
 def convert(
     source: Path, destination: Path, *, family: str | None, dtype: str | None, tokenizer_folder: Path | None
 ) -> int:
-    """`modelyard convert`: stream `source` into a Hugging Face folder, one tensor in memory at a time."""
-    weights, architecture, natural, folder, found_tokenizer = open_model(source)
+    """`modelyard convert`: stream `source` into a Hugging Face folder, one tensor in memory at a time.
+
+    A checkpoint is written in bf16 unless `dtype` says otherwise, a Hugging Face folder in its own type.
+    """
+    model = open_model(source)
     if destination.exists():
         raise UserError(f"{destination} exists already; choose another folder or remove it")
-    is_huggingface = (folder / "config.json").is_file()
+    default = None if model.is_huggingface else torch.bfloat16
     export_huggingface(
-        weights,
+        model.weights,
         destination,
-        architecture=architecture,
-        family=family or natural,
-        dtype=DTYPES[dtype] if dtype else None if is_huggingface else torch.bfloat16,
-        tokenizer_folder=tokenizer_folder or found_tokenizer,
-        reference_folder=folder if is_huggingface else None,
+        architecture=model.architecture,
+        family=family or model.family,
+        dtype=DTYPES[dtype] if dtype else default,
+        tokenizer_folder=tokenizer_folder or model.tokenizer_folder,
+        reference_folder=model.folder if model.is_huggingface else None,
     )
     print(f"wrote {destination}")
     return 0

@@ -78,6 +78,17 @@ def prune(directory: Path, *, keep: int | None, forever: Callable[[int], bool]) 
     return doomed
 
 
+def set_aside(path: Path) -> Path:
+    """Rename a damaged folder so that its name is free, and return where it is now; nothing is deleted."""
+    aside = path.with_name(path.name + ".damaged")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.damaged-{number}")
+    os.rename(path, aside)
+    return aside
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

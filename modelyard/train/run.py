@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
@@ -16,6 +17,7 @@ import torch
 import modelyard
 from modelyard.config.architecture import Architecture
 from modelyard.config.loader import Loaded
+from modelyard.config.train import TrainConfig
 from modelyard.data.stream import prefetched
 from modelyard.errors import UserError
 from modelyard.train.build import (
@@ -29,7 +31,7 @@ from modelyard.train.build import (
 from modelyard.train.checkpoint import Checkpoint, newest_usable, save_checkpoint
 from modelyard.train.console import Console
 from modelyard.train.evaluators import Evaluators
-from modelyard.train.files import prune
+from modelyard.train.files import complete_or_absent, prune, set_aside
 from modelyard.train.metrics import MetricsLog, peak_flops, peak_memory, training_line, utilization
 from modelyard.train.optimizer import Optimizer
 from modelyard.train.resume import refuse_changes
@@ -57,9 +59,9 @@ class Progress:
 class Run:
     """Model, optimizer, data and place of one experiment, and the things that happen between steps."""
 
-    def __init__(self, loaded: Loaded, architecture: Architecture, folder: Path, *, force: bool, console: Console):
-        config = loaded.config
-        self.config, self.architecture, self.folder, self.console = config, architecture, folder, console
+    def __init__(self, config: TrainConfig, architecture: Architecture, *, force: bool, console: Console):
+        self.config, self.architecture, self.console = config, architecture, console
+        self.folder = config.run.experiment_dir
         self.device = compute_device()
         self.dtype = DTYPES[config.model.distributed.training_dtype]
         self.loss_options = loss_options(config.model.base_model)
@@ -78,9 +80,9 @@ class Run:
             stop=lambda: bool(self.stop),
         )
 
-        checkpoint, damaged = newest_usable(folder / "checkpoint")
-        for line in damaged:
-            console.line(f"warning: {line}")
+        checkpoint, damaged = newest_usable(self.folder / "checkpoint")
+        for path, problem in damaged.items():
+            console.line(f"warning: checkpoint {path} is damaged ({problem}); set aside as {set_aside(path)}")
         if checkpoint is not None:
             for line in refuse_changes(checkpoint, config, architecture, self.stream.fingerprint, force=force):
                 console.line(f"forced: {line}")
@@ -163,6 +165,15 @@ class Run:
             self.console.line(f"exported {destination}")
         prune(directory, keep=settings.keep, forever=_kept_forever(settings.interval, settings.keep_every))
 
+    def keep_tokenizer(self) -> None:
+        """Copy the data's tokenizer into the experiment, so that its checkpoints can be used without the data."""
+        destination = self.folder / "tokenizer"
+        if self.tokenizer_folder is not None and not destination.exists():
+            with complete_or_absent(destination) as temporary:
+                for file in self.tokenizer_folder.iterdir():
+                    if file.is_file():
+                        shutil.copy2(file, temporary)
+
     # Steps
 
     def steps(self) -> Iterator[tuple[StepResult, float, float]]:
@@ -237,21 +248,22 @@ def _finite(value: float) -> float | None:
 
 def train(loaded: Loaded, *, force: bool = False) -> int:
     """Train as the config says, from where the experiment stands. Returns the exit status."""
-    config = loaded.config
+    config = loaded.train
     if loaded.architecture is None:
         raise UserError(*loaded.warnings)
-    folder = config.run.experiment_dir
-    folder.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    run = Run(config, loaded.architecture, force=force, console=console)
+    # Nothing is written before everything that can be refused has been.
+    run.folder.mkdir(parents=True, exist_ok=True)
+    console.open_log(run.folder / "log.txt")
+    run.keep_tokenizer()
+    return _train(run, loaded.notices)
 
-    console = Console(folder / "log.txt")
-    run = Run(loaded, loaded.architecture, folder, force=force, console=console)
-    return _train(run, loaded)
 
-
-def _train(run: Run, loaded: Loaded) -> int:
+def _train(run: Run, notices: list[str]) -> int:
     config, training, progress, console = run.config, run.config.training, run.progress, run.console
     begin_iteration = progress.iteration
-    _announce(run, loaded)
+    _announce(run, notices)
     log = MetricsLog(run.folder, resumed_at=begin_iteration, tensorboard=training.logs.tensorboard)
     console.start_bar(training.train_iters, done=begin_iteration)
     peak = peak_flops(run.device, run.dtype)
@@ -327,9 +339,9 @@ def _training_record(
     }
 
 
-def _announce(run: Run, loaded: Loaded) -> None:
+def _announce(run: Run, notices: list[str]) -> None:
     config, console = run.config, run.console
-    for notice in loaded.notices:
+    for notice in notices:
         console.line(f"note: {notice}")
     console.line(
         f"{run.architecture.parameter_count():,} parameters, {config.model.distributed.training_dtype} on "

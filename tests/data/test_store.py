@@ -138,9 +138,7 @@ def test_existing_store_is_not_written_over(tmp_path):
 
 
 def test_tokenizer_files_are_copied_and_listed(tmp_path):
-    source = tmp_path / "tokenizer.json"
-    source.write_text("{}")
-    store = write(tmp_path / "store", [np.arange(3)], tokenizer_files=[source])
+    store = write(tmp_path / "store", [np.arange(3)], tokenizer_files={"tokenizer.json": b"{}"})
     assert (tmp_path / "store" / "tokenizer" / "tokenizer.json").read_text() == "{}"
     assert store.manifest["files"]["tokenizer/tokenizer.json"]["bytes"] == 2
 

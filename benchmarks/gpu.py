@@ -1,0 +1,205 @@
+"""Every test and benchmark that wants a GPU, as one script: torch >= 2.11 is all it needs, no network.
+
+    python benchmarks/gpu.py            on a CUDA machine; under 9 minutes; writes benchmarks/results/gpu.json
+    python benchmarks/gpu.py --cpu      the same code at toy sizes on the CPU, to see that the script works
+
+Equality: attention (flash, variable length) against the dense reference; cross-entropy fused against plain; a bf16
+step against fp32; a run continued against one never stopped. Speed: a whole bf16 training step of the 1B and 8B
+shapes (fewer layers, so that optimizer state fits), as MFU in both conventions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common import write_result
+from benchmarks.train_step import batch_of
+from modelyard.config.architecture import Architecture, Rotary
+from modelyard.loss.cross_entropy import linear_cross_entropy
+from modelyard.model.attention import attend
+from modelyard.model.decoder import Decoder
+from modelyard.model.init import InitStd, initialize
+from modelyard.train.metrics import peak_flops, utilization
+from modelyard.train.optimizer import Optimizer
+from modelyard.train.step import LossOptions, train_step
+from modelyard.train.weights import Weights
+
+LLAMA3 = Rotary("llama3", 500_000.0)
+TINY = Architecture(512, 64, 2, 4, 2, 16, 128, rotary=LLAMA3)
+
+
+def worst(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference over the largest value of the reference."""
+    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+
+
+def check_attention(device: torch.device) -> str:
+    """Flash attention over documents against the dense reference: output and gradients."""
+    lengths = [1, 7, 64, 129, 300]
+    cu = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    tokens, longest = sum(lengths), max(lengths)
+    worst_of_all = 0.0
+    for window in (None, 48):
+        torch.manual_seed(0)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        inputs = [torch.randn(tokens, heads, 64, device=device, dtype=dtype, requires_grad=True) for heads in (8, 2, 2)]
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        out = attend(*inputs, cu, cu, longest, longest, window=window)
+        reference = attend(*exact, cu, cu, longest, longest, window=window, backend="dense")
+        direction = torch.randn_like(out)
+        out.backward(direction)
+        reference.backward(direction.double())
+        pairs = [(out, reference), *((x.grad, y.grad) for x, y in zip(inputs, exact, strict=True))]
+        worst_of_all = max(worst_of_all, *(worst(a, b) for a, b in pairs))
+    limit = 2e-2 if device.type == "cuda" else 1e-5
+    assert worst_of_all < limit, f"off by {worst_of_all:.1e}"
+    return f"largest difference {worst_of_all:.1e} (limit {limit:.0e})"
+
+
+def check_cross_entropy(device: torch.device) -> str:
+    """Fused against plain in fp32, masked labels included."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(700, 64, device=device), torch.randn(5003, 64, device=device) * 0.2
+    labels = torch.randint(5003, (700,), device=device)
+    labels[::3] = -100
+    results = []
+    for implementation in ("torch", "fused"):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = linear_cross_entropy(h, w, labels, implementation=implementation)
+        loss.backward()
+        results.append((loss.detach(), h.grad, w.grad))
+    difference = max(worst(a, b) for a, b in zip(*reversed(results), strict=True))
+    assert difference < 1e-4, f"off by {difference:.1e}"
+    return f"largest difference {difference:.1e} (limit 1e-4)"
+
+
+class Trainer:
+    """A model and everything to train it on random tokens."""
+
+    def __init__(self, shape: Architecture, dtype: torch.dtype, device: torch.device):
+        with torch.device("meta"):
+            model = Decoder(shape)
+        self.model = model.to_empty(device=device)
+        initialize(self.model, 0, InitStd.for_architecture(shape))
+        self.weights = Weights(self.model, dtype)
+        self.weights.publish()
+        self.optimizer = Optimizer(self.weights.master, weight_decay=0.1, betas=(0.9, 0.95), epsilon=1e-8)
+        self.shape, self.device = shape, device
+
+    def step(self, batch: Any, micro_batch_size: int) -> tuple[float, float]:
+        result = train_step(
+            self.model,
+            self.weights,
+            self.optimizer,
+            batch,
+            learning_rate=1e-3,
+            micro_batch_size=micro_batch_size,
+            max_norm=1.0,
+            loss_options=LossOptions(),
+            device=self.device,
+        )
+        assert result.skipped is None, result.skipped
+        return result.loss, result.grad_norm
+
+
+def check_bf16_run(device: torch.device) -> str:
+    """20 steps in bf16 follow fp32 and learn the batch."""
+    batch = batch_of(4, 128, TINY.vocab_size)
+    curves = []
+    for dtype in (torch.float32, torch.bfloat16):
+        trainer = Trainer(TINY, dtype, device)
+        curves.append([trainer.step(batch, 2)[0] for _ in range(20)])
+    gap = max(abs(a - b) for a, b in zip(*curves, strict=True))
+    assert curves[1][-1] < curves[1][0] - 0.5, f"the loss went from {curves[1][0]:.3f} to {curves[1][-1]:.3f}"
+    assert gap < 0.1, f"bf16 departs from fp32 by {gap:.3f}"
+    return f"loss {curves[1][0]:.3f} to {curves[1][-1]:.3f}, at most {gap:.4f} from fp32"
+
+
+def check_repeatable(device: torch.device) -> str:
+    """Two runs from one seed: initial weights and first loss to the bit; later losses as close as the kernels allow."""
+    batch = batch_of(4, 128, TINY.vocab_size)
+    curves = []
+    for _ in range(2):
+        trainer = Trainer(TINY, torch.bfloat16, device)
+        curves.append([trainer.step(batch, 2)[0] for _ in range(10)])
+    assert curves[0][0] == curves[1][0]
+    gap = max(abs(a - b) for a, b in zip(*curves, strict=True))
+    assert gap < 1e-2, f"two runs differ by {gap:.1e}"
+    return "bit-equal" if gap == 0 else f"differ by {gap:.1e} (backward of attention sums in any order)"
+
+
+def benchmark_step(
+    device: torch.device, shape: Architecture, rows: int, sequence: int, steps: int = 6
+) -> dict[str, Any]:
+    """Median time of a whole bf16 step, with MFU where the chip's peak is known."""
+    trainer = Trainer(shape, torch.bfloat16, device)
+    batch = batch_of(rows, sequence, shape.vocab_size)
+    times = []
+    for _ in range(steps):
+        begin = time.perf_counter()
+        loss, norm = trainer.step(batch, rows)  # Reads the loss: the device is done when it returns.
+        times.append(time.perf_counter() - begin)
+    speed = rows * sequence / sorted(times[2:])[len(times[2:]) // 2]
+    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+    shares = utilization(shape, sequence, speed, peak_flops(device, torch.bfloat16))
+    return {"tokens_per_second": speed, "memory_gib": memory, "loss": loss, "grad_norm": norm, **shares}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cpu", action="store_true", help="rehearse on the CPU at toy sizes; measures nothing")
+    options = parser.parse_args()
+    if not options.cpu and not torch.cuda.is_available():
+        print("error: no CUDA device (--cpu rehearses the script without one)", file=sys.stderr)
+        return 2
+    device = torch.device("cpu" if options.cpu else "cuda")
+
+    failed = 0
+    results: dict[str, Any] = {"checks": {}, "benchmarks": {}}
+    checks: list[Callable[[torch.device], str]] = [check_attention, check_cross_entropy, check_bf16_run, check_repeatable]
+    for check in checks:
+        try:
+            outcome = f"ok    {check(device)}"
+        except Exception:
+            failed += 1
+            outcome = f"FAIL  {traceback.format_exc(limit=-1).strip().splitlines()[-1]}"
+        results["checks"][check.__name__] = outcome
+        print(f"{check.__name__:<22} {outcome}", flush=True)
+
+    cases = {
+        "llama-3.2-1b, all 16 layers": (Architecture(128256, 2048, 16, 32, 8, 64, 8192, True, rotary=LLAMA3), 2, 4096),
+        "llama-3.1-8b, 8 of 32 layers": (Architecture(128256, 4096, 8, 32, 8, 128, 14336, rotary=LLAMA3), 2, 4096),
+    }
+    if options.cpu:
+        cases = {"toy": (TINY, 2, 64)}
+    for name, (shape, rows, sequence) in cases.items():
+        try:
+            row = benchmark_step(device, shape, rows, sequence)
+            mfu = f"MFU {row['mfu_causal']:.1%} causal, {row['mfu_full']:.1%} full" if "mfu_causal" in row else "MFU unknown"
+            print(f"{name:<30} {row['tokens_per_second']:>9,.0f} tokens/s  {mfu}  {row['memory_gib']:.1f} GiB  "
+                  f"loss {row['loss']:.2f}  grad norm {row['grad_norm']:.2f}", flush=True)  # fmt: skip
+            results["benchmarks"][name] = row
+        except Exception:
+            failed += 1
+            print(f"{name:<30} FAIL {traceback.format_exc(limit=-1).strip().splitlines()[-1]}", flush=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+    if not options.cpu:
+        print(f"wrote {write_result('gpu', results)}")
+    print(f"{len(checks) + len(cases) - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

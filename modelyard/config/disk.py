@@ -1,0 +1,75 @@
+"""What a run writes, in bytes, against what the disk has."""
+
+from __future__ import annotations
+
+import shutil
+
+from modelyard.config.architecture import Architecture
+from modelyard.config.train import TrainConfig
+from modelyard.config.training import CheckpointConfig, ExportConfig
+
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def checkpoint_bytes(config: TrainConfig, architecture: Architecture) -> int:
+    """One checkpoint: master weights and Adam's two moments."""
+    width = 8 if config.model.distributed.training_dtype == "float64" else 4
+    return 3 * width * architecture.parameter_count()
+
+
+def export_bytes(config: TrainConfig, architecture: Architecture) -> int:
+    """One Hugging Face folder."""
+    return BYTES[config.training.export.data_type] * architecture.parameter_count()
+
+
+def saves(config: TrainConfig, section: CheckpointConfig | ExportConfig) -> tuple[int, int]:
+    """(how many are written in the whole run, how many there are at most at a time)."""
+    last = config.training.train_iters
+    if section.interval is None or last == 0:
+        return 0, 0
+    first = section.offset % section.interval or section.interval
+    on_interval = (last - first) // section.interval + 1 if last >= first else 0
+    final = not section.due(last)
+    kept = on_interval
+    if section.keep is not None:
+        for_ever = on_interval // section.keep_every if section.keep_every else 0
+        # One more than `keep`: an old one goes only when the new one is complete.
+        kept = min(on_interval, section.keep + for_ever + 1)
+    return on_interval + final, kept + final
+
+
+def run_bytes(config: TrainConfig, architecture: Architecture) -> int:
+    """The most that the run's checkpoints and exports take at a time."""
+    _, checkpoints = saves(config, config.training.checkpoint)
+    _, exports = saves(config, config.training.export)
+    return checkpoints * checkpoint_bytes(config, architecture) + exports * export_bytes(config, architecture)
+
+
+def free_bytes(config: TrainConfig) -> int:
+    """What the run may fill: free space, and what its folder holds already."""
+    folder = config.run.experiment_dir.absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    used = (
+        sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if existing == folder else 0
+    )
+    return shutil.disk_usage(existing).free + used
+
+
+def disk_problem(config: TrainConfig, architecture: Architecture) -> str | None:
+    """One line where the run would fill the disk, else None."""
+    needed, free = run_bytes(config, architecture), free_bytes(config)
+    if needed <= free:
+        return None
+    return (
+        f"run.experiment_dir: the run writes up to {size(needed)} to {config.run.experiment_dir}, {size(free)} are free; "
+        "lower training.checkpoint.keep, set training.export.keep, or choose another disk"
+    )
+
+
+def size(number: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"

@@ -1,0 +1,381 @@
+"""From YAML files and overrides to a checked configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from modelyard.config.architecture import Architecture
+from modelyard.config.data import DatasetConfig, FileDataset, MemmapDataset
+from modelyard.config.dialect import repair
+from modelyard.config.document import Document, KeyPath, dotted
+from modelyard.config.huggingface import FAMILIES, can_export, read_architecture
+from modelyard.config.legacy_data import rewrite_data
+from modelyard.config.model import architecture_of, architecture_problems, base_model_of
+from modelyard.config.neighbours import NoEffect, take_neighbours
+from modelyard.config.prepare import PrepareConfig
+from modelyard.config.presets import preset
+from modelyard.config.problems import explain, faulty_paths, known_keys
+from modelyard.config.train import TrainConfig
+from modelyard.config.training import LossEvaluatorConfig
+from modelyard.config.yaml import parse_override, read_yaml
+from modelyard.errors import UserError, did_you_mean, missing_path
+
+Kind = Literal["train", "prepare"]
+BASE_MODEL: KeyPath = ("model", "base_model")
+TRANSFORMER: KeyPath = (*BASE_MODEL, "transformer")
+
+STRETCHING = ("type", "scale_factor", "original_context_length")
+# One of these has to be given, or else a preset or pretrained model: the rest have the dialect's defaults.
+SHAPE_KEYS = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "head_groups",
+    "kv_channels",
+    "ffn_hidden_size",
+)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A configuration that can be started, and what there is to say about it."""
+
+    kind: Kind
+    config: TrainConfig | PrepareConfig
+    architecture: Architecture | None
+    """The model's shape; None for preparation, and while the pretrained folder is not there."""
+    notices: list[str]
+    """One line for each older spelling that was rewritten."""
+    warnings: list[str]
+    """Data or weights that are not there (yet), and the like: no obstacle to `validate`, errors for `train`."""
+    document: dict[str, Any]
+    """What the user wrote, merged and in today's spelling, before defaults, preset and pretrained model."""
+    origins: dict[KeyPath, str] = field(default_factory=dict, repr=False)
+    """Where each key of `document` was written: `FILE:LINE` or `override N`."""
+    without_effect: list[NoEffect] = field(default_factory=list)
+    """Keys that were given and that nothing here depends on."""
+    problems: list[str] = field(default_factory=list)
+    """What has to be changed before it can run; empty unless `load_config(..., keep_problems=True)` was asked."""
+
+    @property
+    def train(self) -> TrainConfig:
+        """The configuration of a training run."""
+        assert isinstance(self.config, TrainConfig)
+        return self.config
+
+    @property
+    def prepare(self) -> PrepareConfig:
+        """The configuration of a preparation."""
+        assert isinstance(self.config, PrepareConfig)
+        return self.config
+
+
+def load_config(
+    files: Sequence[Path | str],
+    overrides: Sequence[str] = (),
+    *,
+    kind: str | None = None,
+    keep_problems: bool = False,
+) -> Loaded:
+    """Read, repair, merge and check a configuration.
+
+    Files are merged left to right, then the overrides (`a.b.c=value`). `kind` ("train" or "prepare") is what the
+    caller can use; None takes what the keys say. Raises UserError with every problem found; with `keep_problems`
+    those of a configuration that could be understood are in `problems` instead, for a caller that shows it whole.
+    """
+    document, notices, problems = _read(files, overrides)
+    found = _kind(document, kind)
+    if found == "train":
+        more_notices, more_problems = rewrite_data(document)
+        notices, problems = notices + more_notices, problems + more_problems
+    written = deepcopy(document.values)
+    origins = dict(document.origins)
+    if found == "prepare":
+        prepare_config, _ = _validated(document, PrepareConfig, problems)
+        if problems:
+            raise UserError(*dict.fromkeys(problems))
+        return Loaded("prepare", prepare_config, None, notices, [], written, origins)
+
+    more_problems, without_effect = take_neighbours(document)
+    problems += more_problems
+    base, pretrained, warnings = _starting_point(document, problems)
+    if any(document.has((*TRANSFORMER, "rotary", key)) for key in STRETCHING):
+        # The positions are stretched in another way than the preset or pretrained model says: its longest is void.
+        base.discard((*BASE_MODEL, "max_position_embeddings"))
+    explicit = Document(deepcopy(document.values), dict(document.origins), document.name)
+    base.merge(document)
+    config, faulty = _validated(base, TrainConfig, problems)
+    assert isinstance(config, TrainConfig)
+    architecture = None
+    known = config.pretrained is None or config.pretrained.load_config == "none" or pretrained is not None
+    if known and not faulty & {"model", "pretrained"}:
+        architecture = _architecture(config, base, explicit, problems)
+        warnings += _short_positions(architecture, config, base)
+    if architecture is not None:
+        _check_export(config, architecture, base, problems)
+        if pretrained is not None and config.pretrained is not None and config.pretrained.model_weights:
+            _check_weights_fit(architecture, pretrained, base, problems)
+    if not faulty & {"training", "data"}:
+        _check_names(config, base, problems, warnings)
+    _check_types(config, base, problems)
+    if problems and (faulty or not keep_problems):
+        raise UserError(*dict.fromkeys(problems))
+    warnings += _missing_data(config, base)
+    notices += _chosen(config, base)
+    return Loaded(
+        "train", config, architecture, notices, warnings, written, origins, without_effect, problems
+    )
+
+
+def _read(files: Sequence[Path | str], overrides: Sequence[str]) -> tuple[Document, list[str], list[str]]:
+    """All files and overrides, each repaired, merged left to right."""
+    notices: list[str] = []
+    problems: list[str] = []
+    merged = Document({}, {}, str(files[0]) if files else "the configuration")
+    if not files and not overrides:
+        raise UserError("no configuration given; name a YAML file")
+    readers = [partial(read_yaml, Path(file)) for file in files]
+    readers += [partial(parse_override, text, number) for number, text in enumerate(overrides, start=1)]
+    documents = []
+    for read in readers:
+        try:
+            documents.append(read())
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    for document in documents:
+        more_notices, more_problems = repair(document)
+        notices, problems = notices + more_notices, problems + more_problems
+        merged.merge(document)
+    return merged, notices, problems
+
+
+def _kind(document: Document, wanted: str | None) -> Kind:
+    """Whether the keys are those of a training or of a preparation config."""
+    keys = [str(key) for key in document.values]
+    train = sum(key in known_keys(TrainConfig, (), document) for key in keys)
+    prepare = sum(key in PrepareConfig.model_fields for key in keys)
+    if wanted not in ("train", "prepare", None):
+        raise ValueError(f"unknown kind of configuration {wanted!r}")
+    if not train and not prepare:
+        if wanted is not None:
+            return "train" if wanted == "train" else "prepare"
+        sections = [*TrainConfig.model_fields, *PrepareConfig.model_fields]
+        hint = did_you_mean(keys[0], sections) if keys else ""
+        raise UserError(
+            f"{document.name}: neither a training nor a preparation configuration (found {', '.join(keys[:5])}{hint}); "
+            f"training has {', '.join(TrainConfig.model_fields)}"
+        )
+    found: Kind = "prepare" if prepare > train else "train"
+    if wanted not in (found, None):
+        what = {"train": "training", "prepare": "data preparation"}
+        raise UserError(f"{document.name} is a configuration for {what[found]}; use `modelyard {found}`")
+    return found
+
+
+def _validated(document: Document, schema: type[Any], problems: list[str]) -> tuple[Any, set[str | int]]:
+    """The typed configuration, and which top-level sections have problems (they go to `problems`).
+
+    So that what else is wrong can be said in the same go, the faulty keys are then left out. Raises UserError where
+    nothing can be made of the rest.
+    """
+    try:
+        return schema.model_validate(document.values), set()
+    except ValidationError as error:
+        problems += explain(error, document, schema)
+        faulty = faulty_paths(error, document)
+    rest = Document(deepcopy(document.values), {}, document.name)
+    for path in faulty:
+        rest.discard(path)
+    try:
+        return schema.model_validate(rest.values), {path[0] for path in faulty if path}
+    except ValidationError:
+        raise UserError(*dict.fromkeys(problems)) from None
+
+
+def _starting_point(
+    document: Document, problems: list[str]
+) -> tuple[Document, Architecture | None, list[str]]:
+    """Preset and pretrained model as a document to merge the user's over; the pretrained shape; warnings."""
+    base = Document({}, {}, document.name)
+    warnings: list[str] = []
+    name, path = document.get(("model", "preset")), document.get(("pretrained", "path"))
+    if isinstance(name, str):
+        try:
+            base.put(BASE_MODEL, base_model_of(preset(name)), f"preset {name}")
+        except UserError as error:
+            problems += [f"{document.origin(('model', 'preset'))}: {problem}" for problem in error.problems]
+    if not isinstance(path, str) or document.get(("pretrained", "load_config"), "model") != "model":
+        return base, None, warnings
+    folder, origin = Path(path).expanduser(), document.origin(("pretrained", "path"))
+    if not (folder / "config.json").exists():
+        missing = folder / "config.json" if folder.exists() else folder
+        return base, None, [f"{origin}: pretrained.path: {missing_path(missing)}"]
+    try:
+        architecture, family = read_architecture(folder)
+        values = base_model_of(architecture)
+    except (UserError, ValueError) as error:
+        problems += [f"{origin}: pretrained.path: {problem}" for problem in str(error).splitlines()]
+        return base, None, warnings
+    wanted = document.get(("pretrained", "format"), "auto")
+    if wanted in FAMILIES and wanted != family:
+        problems.append(
+            f"{document.origin(('pretrained', 'format'))}: pretrained.format is {wanted}, but {folder}/config.json "
+            f"says {family}; write format: {family}"
+        )
+    if document.get(("pretrained", "model_weights"), True) is True and not any(folder.glob("*.safetensors")):
+        warnings.append(f"{origin}: pretrained.path: {folder} has no weights (*.safetensors)")
+    from_folder = Document({}, {}, document.name)
+    from_folder.put(BASE_MODEL, values, str(folder / "config.json"))
+    base.merge(from_folder)
+    return base, architecture, warnings
+
+
+def _architecture(
+    config: TrainConfig, document: Document, explicit: Document, problems: list[str]
+) -> Architecture | None:
+    """The model's shape, or None with the reasons in `problems`."""
+    from_elsewhere = config.model.preset is not None or (
+        config.pretrained is not None and config.pretrained.load_config == "model"
+    )
+    if not from_elsewhere and not any(explicit.has((*TRANSFORMER, key)) for key in SHAPE_KEYS):
+        problems.append(
+            f"{document.origin(BASE_MODEL)}: no architecture is given; write model.preset (such as llama-3.1-8b), or "
+            "pretrained.path (a Hugging Face folder; with model_weights: no for its shape alone), or "
+            "model.base_model.transformer (num_layers, hidden_size, ...)"
+        )
+        return None
+    refused = architecture_problems(config.model.base_model)
+    for key, problem in refused:
+        path = (*BASE_MODEL, *key.split("."))
+        default = "" if document.has(path) else " (it is not given, and the dialect's default holds)"
+        problems.append(f"{document.origin(path)}: {dotted(path)}: {problem}{default}")
+    if refused:
+        return None
+    return architecture_of(config.model.base_model, config.batch.sequence_length)
+
+
+def _short_positions(architecture: Architecture | None, config: TrainConfig, document: Document) -> list[str]:
+    path, length = (*BASE_MODEL, "max_position_embeddings"), config.batch.sequence_length
+    if architecture is None or (architecture.max_position_embeddings or length) >= length:
+        return []
+    return [
+        f"{document.origin(path)}: {dotted(path)} = {architecture.max_position_embeddings}, but rows of {length} tokens "
+        "are trained; exports will say that the model supports fewer than it has seen"
+    ]
+
+
+def _check_export(
+    config: TrainConfig, architecture: Architecture, document: Document, problems: list[str]
+) -> None:
+    export = config.training.export
+    if export.format is not None and (reason := can_export(architecture, export.format)):
+        path = ("training", "export", "format")
+        problems.append(f"{document.origin(path)}: {dotted(path)}: {reason}")
+
+
+_SHAPES = {
+    "vocab_size": "vocab_size",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "transformer.num_layers": "num_layers",
+    "transformer.hidden_size": "hidden_size",
+    "transformer.num_attention_heads": "num_attention_heads",
+    "transformer.head_groups": "head_groups",
+    "transformer.kv_channels": "head_size",
+    "transformer.ffn_hidden_size": "ffn_hidden_size",
+}
+
+
+def _check_weights_fit(
+    architecture: Architecture, pretrained: Architecture, document: Document, problems: list[str]
+) -> None:
+    """Weights are loaded: what was given explicitly must not change their shapes."""
+    for key, name in _SHAPES.items():
+        ours, theirs = getattr(architecture, name), getattr(pretrained, name)
+        if ours != theirs:
+            path = (*BASE_MODEL, *key.split("."))
+            problems.append(
+                f"{document.origin(path)}: {dotted(path)} = {ours}, but the pretrained weights have {theirs}; remove it, "
+                "or write pretrained.model_weights: no"
+            )
+    biases = [(shape.qkv_bias, shape.output_bias, shape.mlp_bias) for shape in (architecture, pretrained)]
+    if biases[0] != biases[1]:
+        path = (*TRANSFORMER, "add_linear_biases")
+        problems.append(
+            f"{document.origin(path)}: {dotted(path)} does not fit the pretrained weights' biases; remove it, or write "
+            "pretrained.model_weights: no"
+        )
+
+
+def _check_names(config: TrainConfig, document: Document, problems: list[str], warnings: list[str]) -> None:
+    """Every dataset that is read is there, and every one that is there is read."""
+    datasets: KeyPath = ("data", "datasets")
+    names = list(config.data.datasets)
+    read: dict[str, str] = {}
+    if config.training.train_iters:
+        read["training"] = document.origin(datasets)
+    if config.training.test_iters:
+        read["test"] = document.origin(("training", "test_iters"))
+    for name, entry in config.training.evaluators.items():
+        if isinstance(entry.evaluator, LossEvaluatorConfig):
+            path = ("training", "evaluators", name, "evaluator", "dataset_name")
+            read.setdefault(entry.evaluator.dataset_name or name, document.origin(path))
+    for name, origin in read.items():
+        if name not in names:
+            known = f" (there are: {', '.join(names)})" if names else ""
+            problems.append(f"{origin}: data.datasets has no '{name}'{did_you_mean(name, names) or known}")
+    for name in names:
+        if name not in read and name != "training":
+            warnings.append(
+                f"{document.origin((*datasets, name))}: data.datasets.{name} is read by no evaluator"
+            )
+
+
+def _check_types(config: TrainConfig, document: Document, problems: list[str]) -> None:
+    path = ("model", "distributed", "training_dtype")
+    if config.model.distributed.training_dtype == "float16":
+        problems.append(
+            f"{document.origin(path)}: {dotted(path)} = float16 is not supported (it needs a scaled loss); write bf16"
+        )
+
+
+def _missing_data(config: TrainConfig, document: Document) -> list[str]:
+    """One line for each dataset file or store that is named and not there."""
+    lines = []
+    for name, dataset in config.data.datasets.items():
+        path: KeyPath = ("data", "datasets", name, "path")
+        lines += [
+            f"{document.origin(path)}: {dotted(path[:3])}: {missing_path(file)}"
+            for file in _paths(dataset)
+            if not file.exists()
+        ]
+    if config.data.tokenizer.path is not None and not config.data.tokenizer.path.exists():
+        path = ("data", "tokenizer", "path")
+        lines.append(f"{document.origin(path)}: {dotted(path)}: {missing_path(config.data.tokenizer.path)}")
+    return list(dict.fromkeys(lines))
+
+
+def _paths(dataset: DatasetConfig) -> Iterable[Path]:
+    if isinstance(dataset, FileDataset | MemmapDataset):
+        yield dataset.path
+    for below in (getattr(dataset, "dataset", None), *getattr(dataset, "datasets", ())):
+        if below is not None:
+            yield from _paths(below)
+
+
+def _chosen(config: TrainConfig, document: Document) -> list[str]:
+    """Values that are read as another one."""
+    path = (*BASE_MODEL, "cross_entropy_impl")
+    if config.model.base_model.cross_entropy_impl == "triton":
+        return [
+            f"{document.origin(path)}: {dotted(path)}: triton is read as fused (the kernel follows the hardware)"
+        ]
+    return []

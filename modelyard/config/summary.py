@@ -1,0 +1,254 @@
+"""`modelyard validate`: everything that can be known about a configuration before it is started. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from modelyard.config.architecture import Architecture
+from modelyard.config.disk import (
+    checkpoint_bytes,
+    disk_problem,
+    export_bytes,
+    free_bytes,
+    run_bytes,
+    saves,
+    size,
+)
+from modelyard.config.loader import Loaded
+from modelyard.config.model import base_model_of
+from modelyard.config.optimizer import LearningRateConfig
+from modelyard.config.stores import Source, sources
+from modelyard.config.train import TrainConfig
+from modelyard.errors import UserError
+from modelyard.train.schedule import learning_rate
+
+_PLOT_COLUMNS = 60
+_PLOT_ROWS = 6
+_EIGHTHS = " ▁▂▃▄▅▆▇█"
+
+
+def summarise(loaded: Loaded) -> tuple[str, list[str], list[str]]:
+    """The whole summary as text, what has to be changed before it can run, and what may have to be.
+
+    Problems that make a configuration unreadable are raised by `load_config` before this.
+    """
+    problems, warnings = list(loaded.problems), list(loaded.warnings)
+    blocks = [("configuration", yaml_text(resolved(loaded)))]
+    if loaded.kind == "train":
+        blocks += _training_blocks(loaded, problems, warnings)
+    text = "\n\n".join(f"{title}\n{_indented(body)}" for title, body in blocks if body)
+    return text, list(dict.fromkeys(problems)), list(dict.fromkeys(warnings))
+
+
+def resolved(loaded: Loaded) -> dict[str, Any]:
+    """The configuration with every default, preset and derived value written out, as it would be written in YAML."""
+    values: dict[str, Any] = loaded.config.model_dump(mode="json")
+    if loaded.architecture is not None:
+        base_model = values["model"]["base_model"]
+        shape = base_model_of(loaded.architecture)
+        transformer = shape.pop("transformer")
+        assert isinstance(transformer, dict)
+        base_model |= shape
+        base_model["transformer"] |= transformer
+    return values
+
+
+def yaml_text(values: dict[str, Any]) -> str:
+    """Compact YAML: innermost sections on one line."""
+    return yaml.safe_dump(
+        values, sort_keys=False, default_flow_style=None, width=108, allow_unicode=True
+    ).rstrip()
+
+
+def _training_blocks(loaded: Loaded, problems: list[str], warnings: list[str]) -> list[tuple[str, str]]:
+    config, architecture = loaded.train, loaded.architecture
+    blocks = [("model", _table(_model_rows(config, architecture)))]
+    blocks.append(("batch", _table(_batch_rows(config))))
+    blocks.append(("data", _table(_data_rows(config, architecture, problems, warnings))))
+    if architecture is not None:
+        blocks.append(("compute", _table(_compute_rows(config, architecture))))
+        blocks.append(("disk", _table(_disk_rows(config, architecture))))
+        if problem := disk_problem(config, architecture):
+            warnings.append(problem)
+    if config.training.train_iters:
+        blocks.append(("learning rate", plot(config.optimizer.learning_rate, config.training.train_iters)))
+    rows = [(row.key, row.why) for row in loaded.without_effect]
+    blocks.append(("accepted without effect here", _table(rows)))
+    warnings += _odd_lengths(config)
+    return blocks
+
+
+def _model_rows(config: TrainConfig, architecture: Architecture | None) -> list[tuple[str, str]]:
+    if architecture is None:
+        path = config.pretrained.path if config.pretrained else None
+        return [("parameters", f"unknown until {path} is there")]
+    embedding = architecture.vocab_size * architecture.hidden_size
+    tied = (
+        "tied with the output layer"
+        if architecture.tie_word_embeddings
+        else "and as many in the output layer"
+    )
+    export = config.training.export.format
+    start = "random weights"
+    if config.pretrained is not None:
+        start = f"{config.pretrained.path} ({'weights' if config.pretrained.model_weights else 'shape only'})"
+    return [
+        ("parameters", f"{architecture.parameter_count():,} ({embedding:,} in the embedding, {tied})"),
+        (
+            "shape",
+            f"{architecture.num_layers} layers, width {architecture.hidden_size}, {architecture.num_attention_heads} heads "
+            f"of {architecture.head_size} in {architecture.head_groups} groups, feed-forward {architecture.ffn_hidden_size}",
+        ),
+        ("starts from", start),
+        (
+            "types",
+            f"{config.model.distributed.training_dtype} compute, {_master(config)} weights and optimizer",
+        ),
+        ("export format", f"{export}: can hold this architecture" if export else "none (no exports)"),
+    ]
+
+
+def _master(config: TrainConfig) -> str:
+    return "float64" if config.model.distributed.training_dtype == "float64" else "float32"
+
+
+def _batch_rows(config: TrainConfig) -> list[tuple[str, str]]:
+    batch, iterations = config.batch, config.training.train_iters
+    return [
+        (
+            "tokens per iteration",
+            f"{batch.tokens:,} ({batch.batch_size:,} rows of {batch.sequence_length:,}, "
+            f"{batch.micro_batches:,} micro-batches of {batch.micro_batch_size:,})",
+        ),
+        ("total tokens", f"{batch.tokens * iterations:,} ({iterations:,} iterations)"),
+        ("documents", _packing(config)),
+    ]
+
+
+def _packing(config: TrainConfig) -> str:
+    batch = config.batch
+    cut = "cut at the ends of rows" if batch.truncate_documents else "packed whole"
+    seen = (
+        "attention over all of a row" if batch.cross_document_attention else "attention within each document"
+    )
+    return f"{cut}, {seen}" + (", masked spans left out of the loss" if batch.use_loss_masking_spans else "")
+
+
+def _data_rows(
+    config: TrainConfig, architecture: Architecture | None, problems: list[str], warnings: list[str]
+) -> list[tuple[str, str]]:
+    rows = []
+    for name, dataset in config.data.datasets.items():
+        try:
+            found = sources(dataset, config.batch.sequence_length)
+        except UserError as error:
+            known = "\n".join(warnings)
+            warnings += [
+                f"data.datasets.{name}: {problem}" for problem in error.problems if problem not in known
+            ]
+            rows.append((name, "not there yet"))
+            continue
+        rows += [(name, _source_text(config, name, source)) for source in found]
+        for source in found:
+            if architecture is not None and (source.vocab_size or 0) > architecture.vocab_size:
+                problems.append(
+                    f"data.datasets.{name}: {source.name} holds tokens up to {source.vocab_size:,}, but the model has "
+                    f"vocab_size {architecture.vocab_size:,}; prepare it with the model's tokenizer, or raise "
+                    "model.base_model.vocab_size"
+                )
+    return rows
+
+
+def _source_text(config: TrainConfig, name: str, source: Source) -> str:
+    text = f"{source.tokens:,} tokens in {source.documents:,} documents"
+    if source.share < 1:
+        text += f", {source.share:.1%} of the rows"
+    if name == "training" and source.tokens:
+        read = config.batch.tokens * config.training.train_iters * source.share
+        text += f": {read / source.tokens:.2f} epochs"
+    return f"{text} ({source.name})"
+
+
+def _compute_rows(config: TrainConfig, architecture: Architecture) -> list[tuple[str, str]]:
+    length = config.batch.sequence_length
+    products = architecture.matmul_flops_per_token()
+    causal = products + architecture.attention_flops_per_token(length, causal=True)
+    full = products + architecture.attention_flops_per_token(length, causal=False)
+    tokens = config.batch.tokens * config.training.train_iters
+    return [
+        ("FLOPs per token", f"{causal / 1e9:,.4g} G with causal attention (Fast-LLM, Megatron)"),
+        ("", f"{full / 1e9:,.4g} G with the full square (PaLM, torchtitan)"),
+        ("FLOPs of the run", f"{causal * tokens:.3g} causal, {full * tokens:.3g} full"),
+    ]
+
+
+def _disk_rows(config: TrainConfig, architecture: Architecture) -> list[tuple[str, str]]:
+    rows = []
+    checkpoint, export = config.training.checkpoint, config.training.export
+    for name, section, each in (
+        ("checkpoint", checkpoint, checkpoint_bytes(config, architecture)),
+        ("export", export, export_bytes(config, architecture)),
+    ):
+        written, at_a_time = saves(config, section)
+        what = "weights + 2 Adam moments" if name == "checkpoint" else config.training.export.data_type
+        often = f"{written:,} written, at most {at_a_time:,} at a time" if written else "none (no interval)"
+        rows.append((name, f"{size(each)} ({what}); {often}"))
+    needed, free = run_bytes(config, architecture), free_bytes(config)
+    rows.append(
+        ("the run writes", f"up to {size(needed)}; {size(free)} free for {config.run.experiment_dir}")
+    )
+    return rows
+
+
+def _odd_lengths(config: TrainConfig) -> list[str]:
+    """Schedules that are possible and probably not meant."""
+    rate, iterations = config.optimizer.learning_rate, config.training.train_iters
+    if not iterations or rate.schedule is not None:
+        return []
+    if rate.warmup_iterations >= iterations:
+        return [f"the warm-up ({rate.warmup_iterations:,} iterations) is as long as the run ({iterations:,})"]
+    if (
+        rate.decay_style != "constant"
+        and rate.decay_iterations is not None
+        and rate.decay_iterations > iterations
+    ):
+        return [
+            f"the run ends at {iterations:,}, before the learning rate reaches its minimum at {rate.decay_iterations:,} "
+            "(optimizer.learning_rate.decay_iterations)"
+        ]
+    return []
+
+
+def plot(config: LearningRateConfig, iterations: int) -> str:
+    """The learning rate over the run, in plain text of at most 78 columns."""
+    columns = min(_PLOT_COLUMNS, iterations)
+    steps = [max(1, round((column + 0.5) * iterations / columns)) for column in range(columns)]
+    rates = [learning_rate(config, step) for step in steps]
+    top = max(rates) or 1.0
+    lines = []
+    for row in reversed(range(_PLOT_ROWS)):
+        cells = [_EIGHTHS[min(8, max(0, round(8 * (rate / top * _PLOT_ROWS - row))))] for rate in rates]
+        label = f"{max(rates):.2e}" if row == _PLOT_ROWS - 1 else "0" if row == 0 else ""
+        lines.append(f"{label:>8} |{''.join(cells)}".rstrip())
+    lines.append(f"{'':>8} +{'-' * columns}")
+    lines.append(f"{'step':>8}  {'1':<{max(1, columns - len(f'{iterations:,}'))}}{iterations:,}".rstrip())
+    return "\n".join([*lines, _ends(config, iterations)])
+
+
+def _ends(config: LearningRateConfig, iterations: int) -> str:
+    first, last = learning_rate(config, 1), learning_rate(config, iterations)
+    return f"first {first:.3e}, last {last:.3e}" + (
+        f" ({config.decay_style})" if config.schedule is None else ""
+    )
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}".rstrip() for line in text.splitlines())

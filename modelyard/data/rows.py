@@ -1,0 +1,275 @@
+"""From the order of documents to rows: row `i` of one dataset, for any `i`, as pieces of documents.
+
+A row holds `sequence_length + 1` tokens: the first `sequence_length` are inputs, the last `sequence_length` targets, so
+the last token of a row is only ever a target. Two ways to fill them:
+
+- `CutRows`: the documents of all epochs are one stream; row `i` is its tokens `[i * S, i * S + S + 1)`. Rows overlap by
+  the one token that is a target in the first and an input in the second.
+- `WholeRows`: best-fit packing of whole documents inside each block of the order, with padding; documents that are
+  longer than a row are left out and counted.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from modelyard.data.datasets import IndexedDataset
+from modelyard.data.order import DocumentOrder, derive_key
+from modelyard.data.packing import Packed, pack_best_fit
+from modelyard.errors import UserError
+
+_LAYOUT_VERSION = 1
+"""Raised when the same seed would give other rows than before: tables saved by an older version are not used then."""
+_CACHED_BLOCKS = 2
+"""Rows are read in order, and a row that is cut touches two blocks."""
+
+_SAMPLED_BLOCKS = 8
+"""Blocks that are packed to say how many rows an epoch has: about a tenth of a second."""
+
+BlockT = TypeVar("BlockT")
+
+
+class Piece(NamedTuple):
+    """Tokens `begin:end` of a document, in a row."""
+
+    document: int
+    begin: int
+    end: int
+
+
+class BlockTable:
+    """Block → first unit (row or token), grown as far as it has been asked for and no further."""
+
+    def __init__(self, size_of: Callable[[int], int], blocks_per_cycle: int):
+        self.first = [0]
+        self._size_of = size_of
+        self._blocks_per_cycle = blocks_per_cycle
+
+    def find(self, unit: int) -> int:
+        """The block that holds a unit. Raises LookupError when a whole cycle of blocks holds none."""
+        first = self.first
+        while first[-1] <= unit:
+            self.grow(len(first))
+            if len(first) > self._blocks_per_cycle and first[-1] == first[-1 - self._blocks_per_cycle]:
+                raise LookupError
+        return bisect_right(first, unit) - 1
+
+    def grow(self, blocks: int) -> None:
+        """Work out at least the first `blocks` blocks."""
+        while len(self.first) <= blocks:
+            self.first.append(self.first[-1] + self._size_of(len(self.first) - 1))
+
+    def sizes(self) -> list[int]:
+        """Units of each block known so far."""
+        return [after - before for before, after in zip(self.first, self.first[1:])]
+
+    def restore(self, sizes: Sequence[int]) -> None:
+        """Take sizes that `sizes()` gave before, unless more is known already."""
+        if len(sizes) >= len(self.first):
+            self.first = [0]
+            for size in sizes:
+                self.first.append(self.first[-1] + int(size))
+
+
+class Rows(ABC, Generic[BlockT]):
+    """Rows of one dataset, without an end: after the last row of an epoch comes the next epoch."""
+
+    def __init__(self, dataset: IndexedDataset, order: DocumentOrder, sequence_length: int):
+        self.dataset = dataset
+        self.order = order
+        self.sequence_length = sequence_length
+        self.table = BlockTable(self._size_of, order.blocks_per_cycle)
+        self.fingerprint = f"{derive_key(*self._identity()):016x}"
+        """Changes with everything that decides what is in which row."""
+        self._blocks: OrderedDict[int, BlockT] = OrderedDict()
+
+    @abstractmethod
+    def row(self, index: int) -> list[Piece]:
+        """What row `index` holds, in order; at most `sequence_length + 1` tokens."""
+
+    @abstractmethod
+    def rows_per_epoch(self) -> float:
+        """Rows in one pass over the dataset: exact where known, else from the blocks seen so far."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What is known about how documents fill rows."""
+
+    @abstractmethod
+    def _size_of(self, block: int) -> int: ...
+
+    @abstractmethod
+    def _build(self, block: int) -> BlockT: ...
+
+    def _identity(self) -> tuple[int | str, ...]:
+        order = self.order
+        return (
+            _LAYOUT_VERSION,
+            type(self).__name__,
+            self.dataset.fingerprint,
+            order.num_documents,
+            order.key,
+            order.shuffle,
+            order.passes,
+            self.sequence_length,
+        )
+
+    def _block(self, block: int) -> BlockT:
+        found = self._blocks.get(block)
+        if found is None:
+            found = self._blocks[block] = self._build(block)
+            if len(self._blocks) > _CACHED_BLOCKS:
+                self._blocks.popitem(last=False)
+        else:
+            self._blocks.move_to_end(block)
+        return found
+
+    def _documents(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """The block's documents in reading order and their lengths, int64 [documents] each."""
+        firsts, lasts = self.order.runs(block)
+        documents = np.concatenate([np.arange(first, last) for first, last in zip(firsts, lasts)])
+        shuffle = self.order.shuffle_documents(block, len(documents))
+        return documents[shuffle], self._run_lengths(firsts, lasts)[shuffle]
+
+    def _run_lengths(self, firsts: np.ndarray, lasts: np.ndarray) -> np.ndarray:
+        lengths = self.dataset.lengths
+        runs = [lengths(first, last) for first, last in zip(firsts.tolist(), lasts.tolist())]
+        return np.concatenate(runs).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """A block of documents, one after the other."""
+
+    documents: np.ndarray
+    """Int64 [documents]."""
+    starts: np.ndarray
+    """First token of each in the block, and the block's length: int64 [documents + 1]."""
+
+
+class _Counts(NamedTuple):
+    """What packing one block met. Units: documents, rows, tokens, documents, tokens."""
+
+    documents: int
+    rows: int
+    tokens: int
+    over_long: int
+    longest: int
+
+
+class CutRows(Rows[_Stream]):
+    """Rows cut from the stream of documents (`truncate_documents: yes`)."""
+
+    def row(self, index: int) -> list[Piece]:
+        """Tokens `[index * S, index * S + S + 1)` of the stream."""
+        position = index * self.sequence_length
+        stop = position + self.sequence_length + 1
+        pieces = []
+        block = self.table.find(position)
+        while position < stop:
+            stream = self._block(block)
+            start = position - self.table.first[block]
+            end = min(stop - self.table.first[block], int(stream.starts[-1]))
+            first = int(np.searchsorted(stream.starts, start, side="right")) - 1
+            last = int(np.searchsorted(stream.starts, end, side="left"))
+            bounds = stream.starts[first : last + 1].tolist()
+            for document, begin, after in zip(stream.documents[first:last].tolist(), bounds, bounds[1:]):
+                if begin < after:
+                    pieces.append(Piece(document, max(start, begin) - begin, min(end, after) - begin))
+            position += end - start
+            block += 1
+            if position < stop:
+                block = self.table.find(position)
+        return pieces
+
+    def rows_per_epoch(self) -> float:
+        """Exact: tokens ÷ sequence length."""
+        return self.dataset.num_tokens / self.sequence_length
+
+    def facts(self) -> dict[str, Any]:
+        """Nothing is left out and nothing padded."""
+        return {"fill": 1.0, "over_long_documents": 0}
+
+    def _size_of(self, block: int) -> int:
+        return int(self._run_lengths(*self.order.runs(block)).sum())
+
+    def _build(self, block: int) -> _Stream:
+        documents, lengths = self._documents(block)
+        starts = np.zeros(len(lengths) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=starts[1:])
+        return _Stream(documents, starts)
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """A block of documents in rows."""
+
+    documents: np.ndarray
+    """Int64 [documents]."""
+    lengths: np.ndarray
+    """Int64 [documents]."""
+    packed: Packed
+
+
+class WholeRows(Rows[_Packing]):
+    """Rows of whole documents (`truncate_documents: no`)."""
+
+    def __init__(self, dataset: IndexedDataset, order: DocumentOrder, sequence_length: int):
+        super().__init__(dataset, order, sequence_length)
+        self._packed: dict[int, _Counts] = {}
+
+    def row(self, index: int) -> list[Piece]:
+        """Whole documents, in the order of the block."""
+        block = self._find(index)
+        packing = self._block(block)
+        row = index - self.table.first[block]
+        members = packing.packed.members[packing.packed.bounds[row] : packing.packed.bounds[row + 1]]
+        documents, lengths = packing.documents[members].tolist(), packing.lengths[members].tolist()
+        return [Piece(document, 0, length) for document, length in zip(documents, lengths)]
+
+    def rows_per_epoch(self) -> float:
+        """Exact for a dataset of a few blocks, else as the first ones have it; always the same number."""
+        blocks = max(self._find(0) + 1, min(_SAMPLED_BLOCKS, self.order.blocks_per_cycle))
+        self.table.grow(blocks)
+        documents = sum(self.order.documents(block) for block in range(blocks))
+        return self.table.first[blocks] * self.dataset.num_documents / documents
+
+    def facts(self) -> dict[str, Any]:
+        """Counts over the blocks of the first epoch packed so far (`documents_seen` documents)."""
+        self._block(0)
+        counts = [sum(column) for column in zip(*self._packed.values())]
+        seen = _Counts(*counts)
+        return {
+            "documents_seen": seen.documents,
+            "over_long_documents": seen.over_long,
+            "longest_document": max(block.longest for block in self._packed.values()),
+            "fill": seen.tokens / (max(seen.rows, 1) * (self.sequence_length + 1)),
+        }
+
+    def _find(self, row: int) -> int:
+        try:
+            return self.table.find(row)
+        except LookupError:
+            longest = max(block.longest for block in self._packed.values())
+            raise UserError(
+                f"{self.dataset.name}: no document fits in a row of sequence_length + 1 = {self.sequence_length + 1:,} "
+                f"tokens (the longest has {longest:,}); raise batch.sequence_length or set batch.truncate_documents: yes"
+            ) from None
+
+    def _size_of(self, block: int) -> int:
+        return self._block(block).packed.rows
+
+    def _build(self, block: int) -> _Packing:
+        documents, lengths = self._documents(block)
+        packed = pack_best_fit(lengths, self.sequence_length + 1, self.order.row_key(block))
+        if block < self.order.blocks_per_cycle:
+            tokens = int(lengths[packed.members].sum())
+            self._packed[block] = _Counts(len(documents), packed.rows, tokens, packed.over_long, packed.longest)
+        return _Packing(documents, lengths, packed)

@@ -1,0 +1,308 @@
+"""The rows of a whole `data.datasets` entry, and the batches made of them: pure functions of an index."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from math import ceil
+from pathlib import Path
+from queue import Queue
+from threading import Event, Lock, Thread
+from time import perf_counter
+from typing import Any, Protocol
+
+from modelyard.config.data import BlendedDataset, DatasetConfig, SampledDataset, SamplingConfig
+from modelyard.data.batch import MASK_LANE, Batch, assemble
+from modelyard.data.blend import Blend
+from modelyard.data.datasets import open_dataset
+from modelyard.data.order import DocumentOrder, derive_key
+from modelyard.data.resolve import resolve
+from modelyard.data.rows import CutRows, Rows, WholeRows
+from modelyard.errors import UserError
+
+
+class BatchShape(Protocol):
+    """What a stream needs to know of the `batch` section."""
+
+    @property
+    def sequence_length(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def truncate_documents(self) -> bool: ...
+    @property
+    def cross_document_attention(self) -> bool: ...
+    @property
+    def use_loss_masking_spans(self) -> bool: ...
+
+
+class DataStream:
+    """Batches without an end. Batch `i` depends on the config, the data and `i` alone; any index may be asked at any time.
+
+    Opening costs a few manifests; nothing grows with the number of documents but a table of one number for each block of
+    10,000 documents passed. Safe to use from several threads.
+
+    Args:
+        config: one entry of `data.datasets`.
+        name: its name there, for messages.
+        sampling: `data.sampling`; a `sampled` dataset overrides it for what is inside.
+        batch: the `batch` section.
+        vocab_size: of the model, tokens.
+        base: folder that relative paths start from; None is the working directory.
+        total_rows: rows that the run will take. Only `shuffle: full` looks at it, to know how many epochs to mix: there,
+            and only there, a longer run reads other rows from the first step on.
+
+    Raises:
+        UserError: data is missing, torn, empty, or lacks the loss mask that the config asks for. Every such problem of a
+            tree of datasets is reported at once.
+    """
+
+    def __init__(
+        self,
+        config: DatasetConfig,
+        *,
+        name: str,
+        sampling: SamplingConfig,
+        batch: BatchShape,
+        vocab_size: int,
+        base: Path | None = None,
+        total_rows: int | None = None,
+    ):
+        self.name = name
+        self._batch = batch
+        self._vocab_size = vocab_size
+        self._lock = Lock()
+        self._leaves: list[_Leaf] = []
+        problems: list[str] = []
+        tree = self._build(resolve(config, base), sampling, (), total_rows, problems)
+        if problems or tree is None:
+            raise UserError(*problems)
+        self._tree = tree
+        identity = [
+            tree.identity(),
+            batch.cross_document_attention,
+            batch.use_loss_masking_spans,
+            [leaf.rows.fingerprint for leaf in self._leaves],
+        ]
+        self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
+        """Changes with anything that changes a row: content, sampling, blend, row length, packing, masks."""
+
+    def batch(self, index: int) -> Batch:
+        """The global batch of optimizer step `index`, from 0."""
+        size = self._batch.batch_size
+        return self.rows(index * size, (index + 1) * size)
+
+    def rows(self, begin: int, end: int) -> Batch:
+        """Rows `begin:end` of the stream, for instance one process's share of a batch."""
+        with self._lock:
+            located = [self._tree.locate(index) for index in range(begin, end)]
+            pieces = [(leaf.rows.dataset, leaf.rows.row(index)) for leaf, index in located]
+        return assemble(
+            pieces,
+            sequence_length=self._batch.sequence_length,
+            vocab_size=self._vocab_size,
+            isolate=not self._batch.cross_document_attention,
+            mask=self._batch.use_loss_masking_spans,
+        )
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """The tokenizer that came with the data: the first there is, in the order in which datasets were written."""
+        return next(filter(None, (leaf.rows.dataset.tokenizer_folder for leaf in self._leaves)), None)
+
+    def batches_per_epoch(self) -> int:
+        """Batches that hold as many rows as all datasets together have, rounded up; always the same number."""
+        with self._lock:
+            return ceil(sum(leaf.rows.rows_per_epoch() for leaf in self._leaves) / self._batch.batch_size)
+
+    def statistics(self, rows: int = 0) -> dict[str, Any]:
+        """Facts about the data, and how often `rows` rows go through it. Plain values, for messages and logs.
+
+        `datasets` has an entry for each one that is read: its name, share of the rows, documents, tokens, `fill` of the
+        rows (tokens ÷ room), over-long documents, `rows_per_epoch`, and `epochs` after `rows` rows. What depends on packing
+        is counted over the blocks packed so far (`documents_seen`).
+        """
+        with self._lock:
+            taken = self._tree.rows_of(rows)
+            shares = self._tree.shares()
+            return {
+                "documents": sum(leaf.rows.dataset.num_documents for leaf in self._leaves),
+                "tokens": sum(leaf.rows.dataset.num_tokens for leaf in self._leaves),
+                "datasets": [leaf.statistics(shares[leaf], taken[leaf]) for leaf in self._leaves],
+            }
+
+    def describe(self) -> list[str]:
+        """The statistics as a line for each dataset."""
+        lines = []
+        for facts in self.statistics()["datasets"]:
+            share = f", {facts['share']:.2%} of the rows" if facts["share"] < 1 else ""
+            line = (
+                f"{self.name}: {facts['name']}{share}: {facts['documents']:,} documents, {facts['tokens']:,} tokens, "
+                f"{facts['rows_per_epoch']:,.1f} rows an epoch"
+            )
+            if "documents_seen" in facts:
+                line += f", rows {facts['fill']:.1%} full"
+            if facts["over_long_documents"]:
+                line += (
+                    f"; {facts['over_long_documents']:,} of {facts['documents_seen']:,} documents are longer than a row "
+                    f"and left out (the longest: {facts['longest_document']:,} tokens)"
+                )
+            lines.append(line)
+        return lines
+
+    def state_dict(self) -> dict[str, list[int]]:
+        """What has been worked out about the blocks so far. A cache: loading it saves time and changes nothing."""
+        with self._lock:
+            return {leaf.rows.fingerprint: leaf.rows.table.sizes() for leaf in self._leaves}
+
+    def load_state_dict(self, state: Mapping[str, list[int]]) -> None:
+        """Take over what `state_dict` gave; parts that are about other data or another layout are left alone."""
+        with self._lock:
+            for leaf in self._leaves:
+                leaf.rows.table.restore(state.get(leaf.rows.fingerprint, []))
+
+    def _build(
+        self,
+        config: DatasetConfig,
+        sampling: SamplingConfig,
+        path: tuple[int, ...],
+        total_rows: int | None,
+        problems: list[str],
+    ) -> _Node | None:
+        """Open everything below `config`; `path` tells the same data in two places apart."""
+        if isinstance(config, SampledDataset):
+            own = {name: getattr(config.sampling, name) for name in config.sampling.model_fields_set}
+            return self._build(config.dataset, sampling.model_copy(update=own), path, total_rows, problems)
+        try:
+            if not isinstance(config, BlendedDataset):
+                return self._open(config, sampling, path, total_rows)
+            blend = Blend(config.weights)
+        except UserError as error:
+            problems += error.problems
+            return None
+        total = blend.rows_of(total_rows) if total_rows is not None else [None] * len(config.datasets)
+        parts = [
+            self._build(part, sampling, (*path, number), rows, problems)
+            for number, (part, rows) in enumerate(zip(config.datasets, total))
+        ]
+        return _Blended(blend, [part for part in parts if part is not None])
+
+    def _open(
+        self, config: DatasetConfig, sampling: SamplingConfig, path: tuple[int, ...], total_rows: int | None
+    ) -> _Leaf:
+        length = self._batch.sequence_length
+        dataset = open_dataset(
+            config, vocab_size=self._vocab_size, sequence_length=length, seed=sampling.seed
+        )
+        if self._batch.use_loss_masking_spans and MASK_LANE not in dataset.lanes:
+            raise UserError(
+                f"{dataset.name} has no loss mask, but batch.use_loss_masking_spans is set: "
+                "prepare it with dataset.loss_masking_spans"
+            )
+        passes = 1
+        if sampling.shuffle == "full" and total_rows:
+            passes = ceil(total_rows * length / dataset.num_tokens)
+        key = derive_key("order", sampling.seed, *path)
+        order = DocumentOrder(dataset.num_documents, key=key, shuffle=sampling.shuffle, passes=passes)
+        kind = CutRows if self._batch.truncate_documents else WholeRows
+        leaf = _Leaf(kind(dataset, order, length))
+        self._leaves.append(leaf)
+        return leaf
+
+
+class _Leaf:
+    """One dataset, with rows of its own."""
+
+    def __init__(self, rows: Rows[Any]):
+        self.rows = rows
+
+    def locate(self, index: int) -> tuple[_Leaf, int]:
+        return self, index
+
+    def rows_of(self, rows: int) -> dict[_Leaf, int]:
+        return {self: rows}
+
+    def shares(self) -> dict[_Leaf, float]:
+        return {self: 1.0}
+
+    def identity(self) -> Any:
+        return None
+
+    def statistics(self, share: float, rows: int) -> dict[str, Any]:
+        dataset = self.rows.dataset
+        rows_per_epoch = self.rows.rows_per_epoch()
+        return {
+            "name": dataset.name,
+            "share": share,
+            "documents": dataset.num_documents,
+            "tokens": dataset.num_tokens,
+            "vocab_size": dataset.vocab_size,
+            "rows_per_epoch": rows_per_epoch,
+            "epochs": rows / rows_per_epoch,
+            **self.rows.facts(),
+        }
+
+
+class _Blended:
+    """Rows of several parts, by a schedule."""
+
+    def __init__(self, blend: Blend, parts: list[_Node]):
+        self._blend = blend
+        self._parts = parts
+
+    def locate(self, index: int) -> tuple[_Leaf, int]:
+        part, inside = self._blend.locate(index)
+        return self._parts[part].locate(inside)
+
+    def rows_of(self, rows: int) -> dict[_Leaf, int]:
+        taken = self._blend.rows_of(rows)
+        return {leaf: n for part, count in zip(self._parts, taken) for leaf, n in part.rows_of(count).items()}
+
+    def shares(self) -> dict[_Leaf, float]:
+        period = self._blend.period
+        return {
+            leaf: share * count / period
+            for part, count in zip(self._parts, self._blend.counts)
+            for leaf, share in part.shares().items()
+        }
+
+    def identity(self) -> Any:
+        return self._blend.counts, [part.identity() for part in self._parts]
+
+
+_Node = _Leaf | _Blended
+
+
+def prefetched(stream: DataStream, begin: int, end: int, depth: int = 2) -> Iterator[tuple[Batch, float]]:
+    """Batches `begin:end` in order, made in a background thread while the caller works, and the seconds waited for each.
+
+    At most `depth` batches wait ready. Close the generator (`contextlib.closing`) to stop early; the thread has ended when
+    `close` returns. An error while reading is raised here, in its place in the order.
+    """
+    ready: Queue[Batch | BaseException] = Queue(maxsize=depth)
+    stop = Event()
+
+    def work() -> None:
+        try:
+            for index in range(begin, end):
+                if stop.is_set():
+                    return
+                ready.put(stream.batch(index))
+        except BaseException as error:
+            ready.put(error)
+
+    thread = Thread(target=work, name=f"prefetch {stream.name}", daemon=True)
+    thread.start()
+    try:
+        for _ in range(begin, end):
+            waited_from = perf_counter()
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item, perf_counter() - waited_from
+    finally:
+        stop.set()
+        while thread.is_alive():  # it may be waiting for room to put one more
+            while not ready.empty():
+                ready.get()
+            thread.join(timeout=0.05)

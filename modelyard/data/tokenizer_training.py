@@ -1,0 +1,156 @@
+"""Train a byte-level BPE tokenizer, so that a new project needs no download."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from modelyard.config.prepare import PrepareConfig
+from modelyard.data.sources import RecordError, Source, open_source
+from modelyard.data.tokenizer import replace_surrogates
+from modelyard.errors import UserError
+
+BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+BYTES = 256
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Where merges must not cross: the pattern that Llama 3 (and, but for its digits, GPT-4) publishes. Words take one space
+or sign in front, digits go in threes, line ends stay with the signs before them."""
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    folder: Path,
+    *,
+    vocab_size: int,
+    special_tokens: Sequence[str] = (BOS, EOS),
+) -> int:
+    """Learn merges from `texts` and write a tokenizer folder that this program and transformers' AutoTokenizer load.
+
+    Ids: the special tokens first (0 begins, 1 ends a document), then the 256 bytes, then the merges in the order they
+    were learnt. The same texts in the same order give the same files.
+
+    Args:
+        texts: the training texts; read once.
+        folder: the folder to make; must not hold a tokenizer.
+        vocab_size: ids wanted, special tokens included.
+        special_tokens: at least two; the first begins, the second ends a document.
+
+    Returns:
+        The vocabulary's size, smaller than asked when the texts have no more repeated pairs.
+
+    Raises:
+        UserError: too small a vocabulary, no text, or a tokenizer is there already.
+    """
+    smallest = BYTES + len(special_tokens)
+    if vocab_size < smallest:
+        raise UserError(f"vocab_size {vocab_size} is below {smallest}: {BYTES} bytes and {len(special_tokens)} special tokens")
+    if (folder / "tokenizer.json").exists():
+        raise UserError(f"{folder} holds a tokenizer already; it is not written over")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special_tokens),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    seen = Seen(texts)
+    tokenizer.train_from_iterator(seen, trainer)
+    if not seen.characters:
+        raise UserError("no text to train a tokenizer on")
+    bos, eos = special_tokens[:2]
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+            ),
+        ]
+    )
+    _write(tokenizer, folder, bos, eos)
+    return tokenizer.get_vocab_size()
+
+
+class Seen:
+    """Passes texts on and counts their characters."""
+
+    def __init__(self, texts: Iterable[str]):
+        self.texts = texts
+        self.characters = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self.texts:
+            self.characters += len(text)
+            yield text
+
+
+def _write(tokenizer: Tokenizer, folder: Path, bos: str, eos: str) -> None:
+    named = {"bos_token": bos, "eos_token": eos}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        **named,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, document in (("special_tokens_map.json", named), ("tokenizer_config.json", config)):
+        (folder / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    # Last and renamed: a folder with a tokenizer.json is a whole tokenizer.
+    temporary = folder / "tokenizer.json.tmp"
+    temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    temporary.rename(folder / "tokenizer.json")
+
+
+def source_texts(source: Source) -> Iterator[str]:
+    """Every text of a source, in order, read in this process.
+
+    Raises:
+        UserError: a record cannot be used.
+    """
+    file, before = -1, 0
+    for chunk in source.chunks():
+        if chunk.file != file:
+            file, before = chunk.file, 0
+        try:
+            records = source.read(chunk)
+        except RecordError as error:
+            raise UserError(f"{source.place(chunk)}: record {before + error.index + 1}: {error.reason}") from None
+        before += len(records)
+        for record in records:
+            if record is not None and record.text:
+                yield replace_surrogates(record.text)
+
+
+def run_tokenizer_train(config: PrepareConfig, *, vocab_size: int, output: Path | None = None) -> int:
+    """`modelyard tokenizer train`: learn a tokenizer from the texts of a preparation config.
+
+    Args:
+        config: its `dataset` says what to read; the rest is not used, but for the default of `output`.
+        vocab_size: ids wanted, special tokens included.
+        output: the folder to make; default: the config's `tokenizer.path`.
+    """
+    # Counting words is the library's own parallel work; the setting may come from an earlier preparation.
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    folder = output or Path(config.tokenizer.path).expanduser()
+    notices: list[str] = []
+    source = open_source(config.dataset, notices)
+    for notice in notices:
+        print(f"note: {notice}")
+    size = train_tokenizer(source_texts(source), folder, vocab_size=vocab_size)
+    if size < vocab_size:
+        print(f"note: the texts gave {size:,} tokens, not {vocab_size:,}: there is too little text")
+    print(f"tokenizer with {size:,} tokens: {folder}")
+    return 0

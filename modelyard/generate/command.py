@@ -1,0 +1,62 @@
+"""`modelyard generate`: prompts from the command line to text on the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from modelyard.errors import UserError, missing_path
+from modelyard.generate.sample import SamplingOptions
+from modelyard.generate.text import Generator
+from modelyard.model.formats import load_decoder
+from modelyard.train.build import compute_device
+from modelyard.train.export import open_model
+from modelyard.train.weights import DTYPES
+
+
+def generate_command(options: argparse.Namespace) -> int:
+    """Continue every prompt; the text is shown as it comes, or as one JSON line a prompt. Returns the exit status."""
+    prompts = [*options.prompt, *(_read_prompt(path) for path in options.prompt_file)]
+    if not prompts:
+        raise UserError("no prompt: give --prompt TEXT or --prompt-file FILE (an empty text starts from nothing)")
+    sampling = SamplingOptions(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    model = open_model(options.model)
+    tokenizer_folder = options.tokenizer or model.tokenizer_folder
+    if tokenizer_folder is None:
+        raise UserError(f"{options.model} has no tokenizer beside it; name one with --tokenizer DIR")
+    decoder = load_decoder(
+        model.weights,
+        model.architecture,
+        where=str(model.folder),
+        dtype=DTYPES[options.dtype] if options.dtype else None,
+        device=compute_device(),
+    )
+    # The roundings of transformers, so that greedy text in bf16 is the same there and here.
+    decoder.rotary_dtype = decoder.output_weight.dtype
+    generator = Generator(decoder, tokenizer_folder)
+    for number, prompt in enumerate(prompts):
+        if options.json:
+            completion = generator.complete(prompt, sampling)
+            print(json.dumps({"prompt": prompt, "text": completion.text, "token_ids": completion.token_ids}), flush=True)
+            continue
+        print(("\n" if number else "") + prompt, end="", flush=True)
+        for piece in generator.stream(prompt, sampling):
+            print(piece.text, end="", flush=True)
+        print(flush=True)
+    return 0
+
+
+def _read_prompt(path: Path) -> str:
+    if not path.is_file():
+        raise UserError(f"prompt file {missing_path(path)}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompt file {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None

@@ -1,0 +1,93 @@
+"""Decoding: one token after the other, with the keys and values of those before kept."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modelyard.errors import UserError
+from modelyard.model.cache import KeyValueCache
+from modelyard.model.decoder import Decoder
+from modelyard.model.init import key
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the next token is chosen, and how many there may be."""
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_k: int | None = None
+    """Only the k likeliest tokens; None for all."""
+    top_p: float | None = None
+    """Only the smallest set of likeliest tokens that together have this probability, after `top_k`; None for all."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises UserError with everything that is out of range."""
+        problems = []
+        if self.max_new_tokens < 1:
+            problems.append(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if not self.temperature >= 0:
+            problems.append(f"temperature must be 0 or more, not {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            problems.append(f"top_k must be at least 1, not {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            problems.append(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if problems:
+            raise UserError(*problems)
+
+
+def generate(
+    model: Decoder, prompt_ids: Sequence[int], options: SamplingOptions, *, stop_ids: Collection[int] = ()
+) -> Iterator[int]:
+    """Yield new token ids as they are made; a token of `stop_ids` is yielded too and ends the text.
+
+    The draws are a function of (seed, number of the new token), on any device. Raises UserError for an empty prompt
+    and for ids that the model does not have.
+    """
+    vocabulary = model.architecture.vocab_size
+    if not prompt_ids:
+        raise UserError("generation needs at least one token to start from")
+    if not (min(prompt_ids) >= 0 and max(prompt_ids) < vocabulary):
+        raise UserError(
+            f"the prompt has token {max(prompt_ids)}, the model's vocabulary ends at {vocabulary - 1}"
+        )
+    cache = KeyValueCache(model.architecture)
+    generator = torch.Generator().manual_seed(key(options.seed, "generate"))
+    tokens = list(prompt_ids)
+    for _ in range(options.max_new_tokens):
+        token = choose(next_logits(model, tokens, cache), options, generator)
+        yield token
+        if token in stop_ids:
+            return
+        tokens = [token]
+
+
+@torch.no_grad()
+def next_logits(model: Decoder, tokens: Sequence[int], cache: KeyValueCache) -> Tensor:
+    """Logits [vocabulary] after `tokens`, which continue what the cache holds and are added to it."""
+    device = model.output_weight.device
+    ids = torch.tensor([list(tokens)], device=device)
+    positions = torch.arange(cache.length, cache.length + len(tokens), device=device)[None]
+    boundaries = torch.tensor([[0, len(tokens)]], dtype=torch.int32)
+    hidden = model(ids, positions, boundaries, cache)
+    return model.logits(hidden[0, -1:])[0]
+
+
+def choose(logits: Tensor, options: SamplingOptions, generator: torch.Generator) -> int:
+    """The next token from logits [vocabulary]; drawn on the CPU, so that a seed means the same on every device."""
+    if options.temperature == 0:
+        return int(logits.argmax())
+    logits = logits.to("cpu", torch.float32) / options.temperature
+    if options.top_k is not None and options.top_k < logits.numel():
+        logits = logits.masked_fill(logits < logits.topk(options.top_k).values[-1], float("-inf"))
+    if options.top_p is not None and options.top_p < 1:
+        ordered, order = logits.softmax(-1).sort(descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= options.top_p  # the set is complete before this token
+        logits = logits.index_fill(0, order[beyond], float("-inf"))
+    return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))

@@ -1,0 +1,255 @@
+"""Hugging Face folders to our weights and back.
+
+Our logical names are Hugging Face's without the `model.` prefix, for every family.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modelyard.config.architecture import Architecture
+from modelyard.config.huggingface import FAMILIES, read_architecture, read_config, write_config
+from modelyard.errors import UserError, missing_path
+from modelyard.model.formats.safetensors import FileWriter, TensorEntry, read_entries
+from modelyard.model.formats.source import WeightSource, fit_problems
+from modelyard.model.formats.tokenizer_files import copy_tokenizer, special_token_ids
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+# Names outside `model.`, and buffers that some exporters stored among the weights; one row a family.
+_NAMES: dict[str, tuple[frozenset[str], tuple[str, ...]]] = {
+    family: (frozenset({"lm_head.weight"}), (".rotary_emb.inv_freq",)) for family in FAMILIES
+}
+
+
+def huggingface_name(name: str, family: str) -> str:
+    """The name that `family` has for our logical `name`."""
+    outside, _ = _NAMES[family]
+    return name if name in outside else f"model.{name}"
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+class HuggingFaceWeights:
+    """The weights of a folder by logical name, loaded one at a time."""
+
+    def __init__(self, entries: Mapping[str, TensorEntry]):
+        self._entries = entries
+
+    def names(self) -> Sequence[str]:
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entries[name].dtype
+
+    def load(self, name: str) -> Tensor:
+        return self._entries[name].load()
+
+
+@dataclass(frozen=True)
+class HuggingFaceModel:
+    folder: Path
+    architecture: Architecture
+    family: str
+    weights: HuggingFaceWeights
+
+
+def open_huggingface(folder: Path) -> HuggingFaceModel:
+    """Open a folder with config.json and safetensors, single or sharded; only headers are read.
+
+    Raises UserError when it is not such a folder, or when tensors are missing, have no place in the architecture or
+    the wrong shape.
+    """
+    architecture, family = read_architecture(folder)
+    outside, buffers = _NAMES[family]
+    entries = {}
+    unknown = []
+    for name, entry in _folder_entries(folder).items():
+        if name.endswith(buffers) or (name == "lm_head.weight" and architecture.tie_word_embeddings):
+            continue
+        if name not in outside and not name.startswith("model."):
+            unknown.append(name)
+        entries[name.removeprefix("model.")] = entry
+    if unknown:
+        raise UserError(f"{folder} has weights that are not a {family}'s: {', '.join(unknown[:8])}")
+    weights = HuggingFaceWeights(entries)
+    if problems := fit_problems(weights, architecture, str(folder)):
+        raise UserError(*problems)
+    return HuggingFaceModel(folder, architecture, family, weights)
+
+
+def _folder_entries(folder: Path) -> dict[str, TensorEntry]:
+    if (folder / _SINGLE).is_file():
+        return read_entries(folder / _SINGLE)
+    if not (folder / _INDEX).is_file():
+        if not folder.is_dir():
+            raise UserError(missing_path(folder))
+        if any(folder.glob("*.bin")):
+            raise UserError(
+                f"{folder} has its weights as pickled .bin files, which can run code when read; save it as "
+                "safetensors first (transformers: model.save_pretrained)"
+            )
+        raise UserError(f"{folder} has no weights: neither {_SINGLE} nor {_INDEX}")
+    try:
+        files: dict[str, str] = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(files.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        pointer = (folder / _INDEX).read_bytes().startswith(b"version https://git-lfs")
+        reason = (
+            "is a git-lfs pointer; fetch it with `git lfs pull`" if pointer else f"cannot be read: {error!r}"
+        )
+        raise UserError(f"{folder / _INDEX} {reason}") from None
+    entries: dict[str, TensorEntry] = {}
+    problems = []
+    for shard in shards:
+        try:
+            entries |= read_entries(folder / shard)
+        except UserError as error:
+            problems += error.problems
+    problems = problems or [
+        f"{folder / _INDEX} names '{name}' in {file}, which does not have it"
+        for name, file in files.items()
+        if name not in entries
+    ]
+    if problems:
+        raise UserError(*problems)
+    return entries
+
+
+# --- writing ----------------------------------------------------------------------------------------------------
+
+
+def export_huggingface(
+    source: WeightSource,
+    destination: Path,
+    *,
+    architecture: Architecture,
+    family: str,
+    dtype: torch.dtype | None = torch.bfloat16,
+    tokenizer_folder: Path | None = None,
+    reference_folder: Path | None = None,
+    sequence_length: int | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> None:
+    """Write a folder that transformers loads as is; it appears at `destination` complete or not at all.
+
+    Tensors are streamed, cast to `dtype` (None: as stored) one at a time. `reference_folder` is the Hugging Face
+    folder that training began from: its config keys, generation config and, unless `tokenizer_folder` is given,
+    tokenizer are carried along. `sequence_length` (tokens) bounds positions where the architecture says nothing.
+    Raises UserError when the destination exists, the weights do not fit or the family cannot hold the architecture.
+    """
+    if destination.exists():
+        raise UserError(f"{destination} exists already")
+    if problems := fit_problems(source, architecture, "the model"):
+        raise UserError(*problems)
+    original = read_config(reference_folder) if reference_folder else {}
+    tokenizer_folder = tokenizer_folder or reference_folder
+    ids = _special_ids(original, tokenizer_folder)
+    shapes = architecture.parameter_shapes()
+    dtypes = {name: dtype or source.dtype(name) for name in shapes}
+    config = write_config(
+        architecture,
+        family=family,
+        dtype=str(dtypes["embed_tokens.weight"]).removeprefix("torch."),
+        original=original or None,
+        sequence_length=sequence_length,
+        **ids,
+    )
+
+    temporary = destination.with_name(destination.name + ".tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        _write_weights(source, shapes, dtypes, family, temporary, max_shard_bytes)
+        _write_json(temporary / "config.json", config)
+        _write_generation_config(temporary / "generation_config.json", reference_folder, ids)
+        if tokenizer_folder is not None:
+            copy_tokenizer(tokenizer_folder, temporary)
+        for path in [*temporary.iterdir(), temporary]:
+            _sync(path)
+        os.rename(temporary, destination)
+        _sync(destination.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _write_weights(
+    source: WeightSource,
+    shapes: dict[str, tuple[int, ...]],
+    dtypes: dict[str, torch.dtype],
+    family: str,
+    folder: Path,
+    max_shard_bytes: int,
+) -> None:
+    sizes = {name: prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    single = len(shards) == 1
+    files = [
+        _SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for number in range(1, len(shards) + 1)
+    ]
+    for file, names in zip(files, shards, strict=True):
+        names.sort(
+            key=lambda name: -dtypes[name].itemsize
+        )  # keeps every tensor aligned where dtypes are mixed
+        entries = [(huggingface_name(name, family), dtypes[name], shapes[name]) for name in names]
+        with FileWriter(folder / file, entries) as writer:
+            for name in names:
+                writer.write(source.load(name).to(dtypes[name]))
+    if not single:
+        weight_map = {
+            huggingface_name(n, family): f for f, names in zip(files, shards, strict=True) for n in names
+        }
+        metadata = {"total_parameters": sum(map(prod, shapes.values())), "total_size": sum(sizes.values())}
+        _write_json(folder / _INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _special_ids(original: Mapping[str, Any], tokenizer_folder: Path | None) -> dict[str, Any]:
+    """The begin, end and padding tokens: what the reference says, else what the tokenizer says."""
+    found = special_token_ids(tokenizer_folder) if tokenizer_folder is not None else {}
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {key: original[key] if original.get(key) is not None else found.get(key) for key in keys}
+
+
+def _write_generation_config(path: Path, reference_folder: Path | None, ids: Mapping[str, Any]) -> None:
+    if reference_folder is not None and (reference_folder / path.name).is_file():
+        shutil.copyfile(reference_folder / path.name, path)
+    else:
+        _write_json(path, {key: value for key, value in ids.items() if value is not None})
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,80 @@
+"""Where weights come from, whatever holds them: a Hugging Face folder, a checkpoint, a running model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from modelyard.config.architecture import Architecture
+from modelyard.errors import UserError
+from modelyard.model.decoder import Decoder
+
+_NAMES_SHOWN = 8
+
+
+class WeightSource(Protocol):
+    """Tensors by logical name (`Architecture.parameter_shapes`), each loaded when asked for."""
+
+    def names(self) -> Sequence[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def load(self, name: str) -> Tensor: ...
+
+
+def fit_problems(source: WeightSource, architecture: Architecture, where: str) -> list[str]:
+    """How the weights differ from what the architecture wants: names missing, without a place, of another shape."""
+    wanted = architecture.parameter_shapes()
+    available = set(source.names())
+    missing = [name for name in wanted if name not in available]
+    extra = sorted(available - wanted.keys())
+    wrong = [
+        f"{where}: '{name}' has shape {list(source.shape(name))}, the architecture wants {list(shape)}"
+        for name, shape in wanted.items()
+        if name in available and tuple(source.shape(name)) != shape
+    ]
+    problems = []
+    if missing:
+        problems.append(f"{where} lacks {_list(missing)}")
+    if extra:
+        problems.append(f"{where} has weights that the architecture has no place for: {_list(extra)}")
+    if len(wrong) > _NAMES_SHOWN:
+        wrong = [*wrong[:_NAMES_SHOWN], f"{where}: {len(wrong) - _NAMES_SHOWN} more of another shape"]
+    return problems + wrong
+
+
+def _list(names: list[str]) -> str:
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(f"'{name}'" for name in names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def load_weights(model: Decoder, source: WeightSource, where: str) -> None:
+    """Copy every parameter into the model, cast to its dtype. Raises UserError where the weights do not fit."""
+    if problems := fit_problems(source, model.architecture, where):
+        raise UserError(*problems)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(source.load(name))
+
+
+def load_decoder(
+    source: WeightSource,
+    architecture: Architecture,
+    *,
+    where: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Decoder:
+    """A decoder with these weights, in `dtype` or that of the weights. Raises UserError where they do not fit."""
+    if problems := fit_problems(source, architecture, where):
+        raise UserError(*problems)
+    with torch.device("meta"):
+        model = Decoder(architecture)
+    model.to(dtype or source.dtype("embed_tokens.weight")).to_empty(device=device)
+    load_weights(model, source, where)
+    return model

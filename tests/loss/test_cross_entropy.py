@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modelyard.loss import cross_entropy
+from modelyard.loss.cross_entropy import linear_cross_entropy, token_losses
+
+VOCABULARY, HIDDEN, TOKENS = 11, 6, 9
+
+
+def inputs(dtype: torch.dtype = torch.float64, *, ignored: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    labels = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
+    labels[torch.randperm(TOKENS, generator=generator)[:ignored]] = -100
+    return hidden, weight, labels
+
+
+@pytest.fixture(params=[1 << 24, 4 * VOCABULARY], ids=["one chunk", "chunks of four"])
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = request.param // VOCABULARY
+    monkeypatch.setattr(cross_entropy, "_chunk_rows", lambda weight: rows)
+
+
+def test_by_hand() -> None:
+    hidden = torch.tensor([[1.0, 0.0], [0.0, 2.0], [5.0, 5.0]])
+    weight = torch.tensor([[math.log(3), 0.0], [0.0, 0.5 * math.log(4)]])
+    labels = torch.tensor([0, 0, -100])
+    # logits (log 3, 0) and (0, log 4): probabilities 3/4 and 1/5 of the labels
+    expected = math.log(4 / 3) + math.log(5)
+    for implementation in ("fused", "torch", "auto"):
+        loss = linear_cross_entropy(hidden, weight, labels, implementation=implementation)  # type: ignore[arg-type]
+        assert loss.item() == pytest.approx(expected, rel=1e-6)
+    losses = token_losses(hidden, weight, labels)
+    assert losses.tolist() == pytest.approx([math.log(4 / 3), math.log(5), 0.0], rel=1e-6)
+    with_z = linear_cross_entropy(hidden, weight, labels, z_loss=0.1)
+    assert with_z.item() == pytest.approx(expected + 0.1 * (math.log(4) ** 2 + math.log(5) ** 2), rel=1e-6)
+
+
+def central_differences(function: Callable[[], Tensor], tensor: Tensor, step: float = 1e-5) -> Tensor:
+    """Not gradcheck: that runs a backward twice."""
+    result = torch.empty_like(tensor)
+    with torch.no_grad():
+        flat, out = tensor.view(-1), result.view(-1)
+        for i, value in enumerate(flat.tolist()):
+            flat[i] = value + step
+            above = function()
+            flat[i] = value - step
+            out[i] = (above - function()) / (2 * step)
+            flat[i] = value
+    return result
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.3}, {"logits_scale": 0.7}, {"z_loss": 0.1, "logits_scale": 2.0}])
+def test_fused_gradients_are_the_derivatives(options: dict[str, float]) -> None:
+    hidden, weight, labels = inputs()
+
+    def loss() -> Tensor:
+        return linear_cross_entropy(hidden, weight, labels, implementation="fused", **options)
+
+    loss().backward()
+    for tensor in (hidden, weight):
+        assert tensor.grad is not None
+        torch.testing.assert_close(tensor.grad, central_differences(loss, tensor), atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("ignored", [0, 3, TOKENS])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_fused_equals_its_twin_and_torch(dtype: torch.dtype, ignored: int) -> None:
+    hidden, weight, labels = inputs(dtype, ignored=ignored)
+    results = {}
+    for implementation in ("fused", "torch"):
+        loss = linear_cross_entropy(hidden, weight, labels, implementation=implementation)  # type: ignore[arg-type]
+        assert loss.dtype == torch.promote_types(dtype, torch.float32)
+        # a factor beside the sum: the backward must scale by whatever arrives
+        results[implementation] = (loss, *torch.autograd.grad(loss * 0.3, (hidden, weight)))
+    logits = F.linear(hidden, weight).to(results["torch"][0].dtype)
+    expected = F.cross_entropy(logits, labels, reduction="sum")
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for ours, reference in zip(results["fused"], results["torch"], strict=True):
+        assert ours.dtype == reference.dtype
+        torch.testing.assert_close(ours, reference, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(results["fused"][0], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("chunks")
+def test_gradients_of_only_one_input() -> None:
+    hidden, weight, labels = inputs()
+    linear_cross_entropy(hidden.detach(), weight, labels).backward()
+    linear_cross_entropy(hidden, weight.detach(), labels).backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    both = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels), (hidden, weight))
+    torch.testing.assert_close((hidden.grad, weight.grad), both)
+    assert (hidden.grad[labels == -100] == 0).all()
+
+
+def test_bf16_weight_gradient_is_summed_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4,096 equal tokens one a chunk: a bf16 sum would stop growing at 256 times one token's gradient."""
+    monkeypatch.setattr(cross_entropy, "_chunk_rows", lambda weight: 1)
+    hidden = torch.ones(4096, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    linear_cross_entropy(hidden, weight, torch.zeros(4096, dtype=torch.int64)).backward()
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.bfloat16
+    assert weight.grad.flatten().tolist() == [-2048.0, 2048.0]
+
+
+def test_without_gradients_none_are_made() -> None:
+    hidden, weight, labels = inputs(torch.float32)
+    trained = linear_cross_entropy(hidden, weight, labels)
+    with torch.no_grad():
+        evaluated = linear_cross_entropy(hidden, weight, labels)
+    assert not evaluated.requires_grad
+    assert evaluated.item() == pytest.approx(trained.item(), rel=1e-6)
+    detached = linear_cross_entropy(hidden.detach(), weight.detach(), labels)
+    assert not detached.requires_grad
+
+
+def test_backward_runs_once() -> None:
+    hidden, weight, labels = inputs()
+    loss = linear_cross_entropy(hidden, weight, labels)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="runs once"):
+        loss.backward()
+
+
+def test_large_logits_do_not_overflow() -> None:
+    hidden = torch.tensor([[1e4]], requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0], [0.5]])
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([1]))
+    loss.backward()
+    assert loss.item() == pytest.approx(2e4)
+    assert hidden.grad is not None
+    assert hidden.grad.item() == pytest.approx(2.0)
+
+
+def test_unknown_implementation() -> None:
+    with pytest.raises(ValueError, match="'triton'"):
+        linear_cross_entropy(*inputs(), implementation="triton")  # type: ignore[arg-type]

@@ -1,0 +1,90 @@
+import dataclasses
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from modelyard.config.architecture import Architecture, Rotary
+from modelyard.errors import UserError
+from modelyard.train.checkpoint import Checkpoint, find_checkpoint, newest_usable, save_checkpoint
+
+SHAPE = Architecture(8, 4, 1, 2, 1, 2, 6, rotary=Rotary("llama3", 500_000.0))
+
+
+def save(folder: Path, iteration: int, fill: float = 1.0) -> Path:
+    torch.manual_seed(0)
+    parameters = {name: torch.randn(shape) * fill for name, shape in SHAPE.parameter_shapes().items()}
+    save_checkpoint(
+        folder / str(iteration),
+        parameters=parameters,
+        moments={f"{name}.exp_avg": p * 2 for name, p in parameters.items()},
+        state={"progress": {"iteration": iteration}, "architecture": dataclasses.asdict(SHAPE)},
+        config={"training": {"train_iters": 5}},
+    )
+    return folder / str(iteration)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(save(tmp_path, 3))
+    assert checkpoint.iteration == 3
+    assert checkpoint.architecture == SHAPE
+    assert checkpoint.config == {"training": {"train_iters": 5}}
+    assert set(checkpoint.names()) == set(SHAPE.parameter_shapes())
+    torch.manual_seed(0)
+    for name, shape in SHAPE.parameter_shapes().items():
+        expected = torch.randn(shape)
+        assert checkpoint.shape(name) == shape
+        assert torch.equal(checkpoint.load(name), expected)
+        moment = torch.empty(shape)
+        checkpoint.load_into({f"optimizer.{name}.exp_avg": moment})
+        assert torch.equal(moment, expected * 2)
+
+
+def test_missing_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(save(tmp_path, 3))
+    with pytest.raises(UserError) as error:
+        checkpoint.load_into({"model.nothing": torch.empty(1), "model.norm.weight": torch.empty(5)})
+    assert "has no tensor 'model.nothing'" in error.value.problems[0]
+    assert "'model.norm.weight' has shape (4,), the config makes it (5,)" in error.value.problems[1]
+
+
+def test_newest_whole_one_is_used(tmp_path: Path) -> None:
+    save(tmp_path, 3)
+    data = next(save(tmp_path, 6).glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-1])
+    checkpoint, damaged = newest_usable(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.folder == tmp_path / "3"
+    assert list(damaged) == [tmp_path / "6"]
+    with pytest.raises(UserError, match="bytes where its manifest says"):
+        Checkpoint(tmp_path / "6")
+
+
+def test_nothing_is_run_from_a_hostile_folder(tmp_path: Path) -> None:
+    """A pickle that would call a function is refused, even with a manifest that fits."""
+    from modelyard.train.files import complete_or_absent
+
+    class Hostile:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "owned",))
+
+    whole = save(tmp_path, 3)
+    with complete_or_absent(tmp_path / "4") as temporary:
+        for file in whole.iterdir():
+            if file.name != "manifest.json":
+                (temporary / file.name).write_bytes(file.read_bytes())
+        (temporary / ".metadata").write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(UserError, match="has no place in a checkpoint's metadata"):
+        Checkpoint(tmp_path / "4")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_finding_the_checkpoint_that_a_path_means(tmp_path: Path) -> None:
+    directory = tmp_path / "run" / "checkpoint"
+    assert find_checkpoint(tmp_path / "run") is None
+    save(directory, 3)
+    newest = save(directory, 12)
+    (directory / "20.tmp").mkdir()
+    for path in (tmp_path / "run", directory, newest):
+        assert find_checkpoint(path) == newest

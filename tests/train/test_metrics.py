@@ -1,0 +1,53 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from modelyard.config.architecture import Architecture
+from modelyard.train.metrics import MetricsLog, training_line, utilization
+
+
+def test_starting_again_drops_later_and_torn_lines(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, resumed_at=0, tensorboard=False)
+    for iteration in (1, 2, 3):
+        log.write({"iteration": iteration, "loss": 1 / iteration}, prefix="training")
+    log.write({"iteration": 2, "evaluator": "validation", "loss": 0.1}, prefix="validation")
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"iteration": 1, "lo')
+    log = MetricsLog(tmp_path, resumed_at=2, tensorboard=False)
+    log.close()
+    assert log.evaluated == {"validation"}
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(r["iteration"], r["loss"]) for r in lines] == [(1, 1.0), (2, 0.5), (2, 0.1)]
+
+
+def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = MetricsLog(tmp_path, resumed_at=0, tensorboard=True)
+    log.write({"iteration": 7, "loss": 2.5, "evaluator": "x"}, prefix="training")
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (event,) = events.Scalars("training/loss")
+    assert (event.step, event.value) == (7, 2.5)
+
+
+def test_utilization_of_the_published_8b_run() -> None:
+    """10,100 tokens/s per H100 at 4,096 tokens is 487 TFLOP/s, 49.2% of 989 (causal), as Fast-LLM prints."""
+    shape = Architecture(128256, 4096, 32, 32, 8, 128, 14336)
+    shares = utilization(shape, 4096, 10_100, 989e12)
+    assert shares["mfu_causal"] == pytest.approx(0.493, abs=0.001)
+    assert shares["mfu_full"] == pytest.approx(shares["mfu_causal"] + 0.033, abs=0.001)
+    assert utilization(shape, 4096, 10_100, None) == {}
+
+
+def test_line_for_people() -> None:
+    record = {
+        "iteration": 10, "loss": 2.34567, "learning_rate": 3e-4, "grad_norm": 1.23456, "tokens_per_second": 12345.6,
+        "memory_bytes": 2**30, "data_wait_share": 0.015, "skipped_steps": 2,
+    }  # fmt: skip
+    assert training_line(record, 100, 3661) == (
+        "iteration 10/100 | loss 2.3457 | lr 3.000e-04 | grad norm 1.235 | 12,346 tokens/s | memory 1.00 GiB | "
+        "data wait 1.5% | skipped 2 | ETA 1:01:01"
+    )
