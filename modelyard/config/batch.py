@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from modelyard.config.base import Section
 
 
 class BatchConfig(Section):
     """The batch of one optimizer step. Its size is global and explicit; it never depends on the number of processes."""
+
+    # What is left out is filled in before validation, so that a micro-batch always has a size.
+    model_config = ConfigDict(json_schema_extra={"required": ["batch_size"]})
 
     sequence_length: int = Field(default=2048, gt=0)
     """Length of one row, in tokens."""
@@ -49,6 +52,10 @@ class BatchConfig(Section):
 
     @model_validator(mode="after")
     def _divides(self) -> BatchConfig:
+        if self.batch_size % (self.sequential_micro_batches or 1):
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of sequential_micro_batches {self.sequential_micro_batches}"
+            )
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}; "

@@ -38,7 +38,7 @@ def _check_kind(value: Any) -> Any:
             "dataset type '{kind}' cannot be used: {reason}",
             {"kind": kind, "reason": REFUSED_DATASET_TYPES[kind]},
         )
-    if kind not in DATASET_TYPES:
+    if not isinstance(kind, str) or kind not in DATASET_TYPES:
         what = f"unknown dataset type {kind!r}" if kind else "a dataset needs a type"
         hint = did_you_mean(str(kind), DATASET_TYPES)
         raise PydanticCustomError(

@@ -155,6 +155,12 @@ def _bare_learning_rate(document: Document) -> Iterator[str]:
         yield f"{origin}: optimizer.learning_rate is now optimizer.learning_rate.base"
 
 
+def _theta(scale: Any) -> Any:
+    """A's rotary_embedding_scale is -ln(theta); what is no such number is left for the validation to refuse."""
+    number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    return round(math.exp(-scale), 6) if number and -50 < scale < 50 else scale
+
+
 _TRANSFORMER = "model.base_model.transformer"
 
 REPAIRS: tuple[Repair, ...] = (
@@ -177,7 +183,7 @@ REPAIRS: tuple[Repair, ...] = (
     converted(
         f"{_TRANSFORMER}.rotary_embedding_scale",
         f"{_TRANSFORMER}.rotary.theta",
-        lambda scale: round(math.exp(-scale), 6) if isinstance(scale, int | float) else scale,
+        _theta,
     ),
     renamed(f"{_TRANSFORMER}.normalization_type", f"{_TRANSFORMER}.normalization.type"),
     renamed(f"{_TRANSFORMER}.layer_norm_eps", f"{_TRANSFORMER}.normalization.epsilon"),

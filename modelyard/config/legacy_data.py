@@ -24,19 +24,26 @@ def rewrite_data(document: Document) -> tuple[list[str], list[str]]:
     if not given:
         return [], []
     origin = document.origin(("data", given[0]))
+    problems: list[str] = []
+    datasets: dict[str, Any] = {}
     if document.has(("data", "datasets")):
-        return [], [
-            f"{origin}: data.{given[0]} is the older form of data.datasets, which is also given "
-            f"({document.origin(('data', 'datasets'))}); keep one"
+        other = document.origin(("data", "datasets"))
+        problems = [
+            f"{origin}: data.{given[0]} is the older form of data.datasets, which is also given ({other}); keep one"
         ]
-    try:
-        datasets = _datasets(document)
-    except UserError as error:
-        return [], error.problems
+    else:
+        try:
+            datasets = _datasets(document)
+        except UserError as error:
+            problems = error.problems
     for key in given:
         document.take(("data", key))
-    document.put(("data", "datasets"), datasets, origin)
-    return [f"{origin}: data.{'/'.join(given)} is now data.datasets: {', '.join(datasets)}"], []
+    if not problems:
+        document.put(("data", "datasets"), datasets, origin)
+    words = "/".join(given)
+    return [
+        f"{origin}: data.{words} is now data.datasets: {', '.join(datasets)}"
+    ] if not problems else [], problems
 
 
 def _datasets(document: Document) -> dict[str, Any]:

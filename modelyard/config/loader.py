@@ -21,7 +21,7 @@ from modelyard.config.model import architecture_of, architecture_problems, base_
 from modelyard.config.neighbours import NoEffect, take_neighbours
 from modelyard.config.prepare import PrepareConfig
 from modelyard.config.presets import preset
-from modelyard.config.problems import explain, faulty_paths, known_keys
+from modelyard.config.problems import explain, faulty_paths, known_keys, shown
 from modelyard.config.train import TrainConfig
 from modelyard.config.training import LossEvaluatorConfig
 from modelyard.config.yaml import parse_override, read_yaml
@@ -105,7 +105,9 @@ def load_config(
 
     more_problems, without_effect = take_neighbours(document)
     problems += more_problems
+    before = len(problems)
     base, pretrained, warnings = _starting_point(document, problems)
+    found_start = len(problems) == before
     if any(document.has((*TRANSFORMER, "rotary", key)) for key in STRETCHING):
         # The positions are stretched in another way than the preset or pretrained model says: its longest is void.
         base.discard((*BASE_MODEL, "max_position_embeddings"))
@@ -114,7 +116,9 @@ def load_config(
     config, faulty = _validated(base, TrainConfig, problems)
     assert isinstance(config, TrainConfig)
     architecture = None
-    known = config.pretrained is None or config.pretrained.load_config == "none" or pretrained is not None
+    known = found_start and (
+        config.pretrained is None or config.pretrained.load_config == "none" or pretrained is not None
+    )
     if known and not faulty & {"model", "pretrained"}:
         architecture = _architecture(config, base, explicit, problems)
         warnings += _short_positions(architecture, config, base)
@@ -196,7 +200,7 @@ def _validated(document: Document, schema: type[Any], problems: list[str]) -> tu
     for path in faulty:
         rest.discard(path)
     try:
-        return schema.model_validate(rest.values), {path[0] for path in faulty if path}
+        return schema.model_validate(rest.values), {path[0] for path in faulty}
     except ValidationError:
         raise UserError(*dict.fromkeys(problems)) from None
 
@@ -303,7 +307,7 @@ def _check_weights_fit(
         if ours != theirs:
             path = (*BASE_MODEL, *key.split("."))
             problems.append(
-                f"{document.origin(path)}: {dotted(path)} = {ours}, but the pretrained weights have {theirs}; remove it, "
+                f"{document.origin(path)}: {dotted(path)} = {shown(ours)}, but the pretrained weights have {shown(theirs)}; remove it, "
                 "or write pretrained.model_weights: no"
             )
     biases = [(shape.qkv_bias, shape.output_bias, shape.mlp_bias) for shape in (architecture, pretrained)]

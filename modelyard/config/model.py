@@ -195,8 +195,8 @@ def architecture_problems(model: BaseModelConfig) -> list[tuple[str, str]]:
             "transformer.num_attention_heads",
             f"num_attention_heads {heads} does not divide hidden_size {transformer.hidden_size}; give kv_channels or change one",
         )
-    head_size = transformer.kv_channels or transformer.hidden_size // heads
-    if rotary.type != "none" and head_size % 2:
+    head_size = transformer.kv_channels or transformer.hidden_size / heads
+    if rotary.type != "none" and head_size % 2 == 1:
         refuse("transformer.kv_channels", f"rotary needs an even head width, not {head_size}")
     if rotary.type == "llama3" and rotary.high_frequency_factor <= rotary.low_frequency_factor:
         refuse(

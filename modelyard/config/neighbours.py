@@ -237,7 +237,9 @@ NOT_BUILT = (
     NotBuilt(f"{_DISTRIBUTED}.sequence_tensor_parallel", (False,), "tensor parallelism is not supported yet"),
     NotBuilt(f"{_DISTRIBUTED}.pipeline_first", (False,), "pipeline parallelism is not supported yet"),
     NotBuilt("schedule.profile_schedule", (False,), "profiling is not supported yet"),
-    NotBuilt("profiling", ({}, {"cpu": False, "cuda": False}), "profiling is not supported yet; remove it"),
+    NotBuilt(
+        "profiling", ({}, None, {"cpu": False, "cuda": False}), "profiling is not supported yet; remove it"
+    ),
 )
 
 

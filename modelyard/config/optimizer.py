@@ -91,6 +91,8 @@ class LearningRateConfig(Section):
             stages = self.stages()
         except ValueError as error:
             return [f"schedule '{self.schedule}': {error}"]
+        if not stages:
+            return [f"schedule '{self.schedule}': there is no stage in it"]
         if any(stage.steps is None for stage in stages[:-1]):
             return [f"schedule '{self.schedule}': only the last stage may go on for ever"]
         return []

@@ -25,15 +25,16 @@ _EXPECTED = {
     "bool_parsing": "yes or no",
     "string_type": "text",
     "path_type": "a path",
+    "is_instance_of": "a path",
     "list_type": "a list",
     "tuple_type": "a list",
     "dict_type": "a section (`key: value` lines)",
     "model_type": "a section (`key: value` lines)",
     "model_attributes_type": "a section (`key: value` lines)",
-    "greater_than": "a number above {gt}",
-    "greater_than_equal": "a number of at least {ge}",
-    "less_than": "a number below {lt}",
-    "less_than_equal": "a number of at most {le}",
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "a number of at least {ge:g}",
+    "less_than": "a number below {lt:g}",
+    "less_than_equal": "a number of at most {le:g}",
     "too_short": "at least {min_length} of them",
     "string_too_short": "at least {min_length} character(s)",
     "literal_error": "one of {expected}",
@@ -69,8 +70,9 @@ def explain(error: ValidationError, document: Document, schema: type[Section]) -
 
 
 def faulty_paths(error: ValidationError, document: Document) -> list[KeyPath]:
-    """Where in `document` the problems of `error` are; a missing key counts as its section."""
-    return [_document_path(item["loc"], document, missing=False) for item in error.errors(include_url=False)]
+    """Where in `document` the problems of `error` are; nothing for what is missing."""
+    items = [item for item in error.errors(include_url=False) if item["type"] != "missing"]
+    return [path for item in items if (path := _document_path(item["loc"], document, missing=False))]
 
 
 def shown(value: Any) -> str:

@@ -24,11 +24,8 @@ def json_schema(kind: str = "train") -> dict[str, Any]:
         for feature in NOT_BUILT:
             description = f"Only with the value that switches it off: {feature.instead}."
             _add(schema, feature.path, {"enum": list(feature.harmless), "description": description})
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": f"Modelyard {kind} configuration",
-        **schema,
-    }
+    draft = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return draft | schema | {"title": f"Modelyard {kind} configuration"}
 
 
 def _add(schema: dict[str, Any], path: KeyPath, value: dict[str, Any]) -> None:

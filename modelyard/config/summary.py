@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -17,12 +19,14 @@ from modelyard.config.disk import (
     saves,
     size,
 )
+from modelyard.config.huggingface import can_export
 from modelyard.config.loader import Loaded
 from modelyard.config.model import base_model_of
 from modelyard.config.optimizer import LearningRateConfig
+from modelyard.config.prepare import PrepareConfig
 from modelyard.config.stores import Source, sources
 from modelyard.config.train import TrainConfig
-from modelyard.errors import UserError
+from modelyard.errors import UserError, missing_path
 from modelyard.train.schedule import learning_rate
 
 _PLOT_COLUMNS = 60
@@ -37,7 +41,9 @@ def summarise(loaded: Loaded) -> tuple[str, list[str], list[str]]:
     """
     problems, warnings = list(loaded.problems), list(loaded.warnings)
     blocks = [("configuration", yaml_text(resolved(loaded)))]
-    if loaded.kind == "train":
+    if loaded.kind == "prepare":
+        warnings += _missing_sources(loaded.prepare)
+    else:
         blocks += _training_blocks(loaded, problems, warnings)
     text = "\n\n".join(f"{title}\n{_indented(body)}" for title, body in blocks if body)
     return text, list(dict.fromkeys(problems)), list(dict.fromkeys(warnings))
@@ -61,6 +67,16 @@ def yaml_text(values: dict[str, Any]) -> str:
     return yaml.safe_dump(
         values, sort_keys=False, default_flow_style=None, width=108, allow_unicode=True
     ).rstrip()
+
+
+def _missing_sources(config: PrepareConfig) -> list[str]:
+    """Local paths that are not there; what can be a name on the Hub is not looked for."""
+    paths = {"dataset.path": config.dataset.path, "tokenizer.path": config.tokenizer.path}
+    return [
+        f"{key}: {missing_path(path)}"
+        for key, path in paths.items()
+        if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path) and not Path(path).expanduser().exists()
+    ]
 
 
 def _training_blocks(loaded: Loaded, problems: list[str], warnings: list[str]) -> list[tuple[str, str]]:
@@ -92,6 +108,7 @@ def _model_rows(config: TrainConfig, architecture: Architecture | None) -> list[
         else "and as many in the output layer"
     )
     export = config.training.export.format
+    holds = "cannot" if export and can_export(architecture, export) else "can"
     start = "random weights"
     if config.pretrained is not None:
         start = f"{config.pretrained.path} ({'weights' if config.pretrained.model_weights else 'shape only'})"
@@ -107,7 +124,7 @@ def _model_rows(config: TrainConfig, architecture: Architecture | None) -> list[
             "types",
             f"{config.model.distributed.training_dtype} compute, {_master(config)} weights and optimizer",
         ),
-        ("export format", f"{export}: can hold this architecture" if export else "none (no exports)"),
+        ("export format", f"{export}: {holds} hold this architecture" if export else "none (no exports)"),
     ]
 
 
@@ -145,10 +162,8 @@ def _data_rows(
         try:
             found = sources(dataset, config.batch.sequence_length)
         except UserError as error:
-            known = "\n".join(warnings)
-            warnings += [
-                f"data.datasets.{name}: {problem}" for problem in error.problems if problem not in known
-            ]
+            if not any(f"data.datasets.{name}: " in warning for warning in warnings):
+                warnings += [f"data.datasets.{name}: {problem}" for problem in error.problems]
             rows.append((name, "not there yet"))
             continue
         rows += [(name, _source_text(config, name, source)) for source in found]
@@ -225,7 +240,7 @@ def _odd_lengths(config: TrainConfig) -> list[str]:
 def plot(config: LearningRateConfig, iterations: int) -> str:
     """The learning rate over the run, in plain text of at most 78 columns."""
     columns = min(_PLOT_COLUMNS, iterations)
-    steps = [max(1, round((column + 0.5) * iterations / columns)) for column in range(columns)]
+    steps = [1 + column * (iterations - 1) // max(1, columns - 1) for column in range(columns)]
     rates = [learning_rate(config, step) for step in steps]
     top = max(rates) or 1.0
     lines = []
@@ -234,7 +249,8 @@ def plot(config: LearningRateConfig, iterations: int) -> str:
         label = f"{max(rates):.2e}" if row == _PLOT_ROWS - 1 else "0" if row == 0 else ""
         lines.append(f"{label:>8} |{''.join(cells)}".rstrip())
     lines.append(f"{'':>8} +{'-' * columns}")
-    lines.append(f"{'step':>8}  {'1':<{max(1, columns - len(f'{iterations:,}'))}}{iterations:,}".rstrip())
+    last = f"{iterations:,}" if iterations > 1 else ""
+    lines.append(f"{'step':>8}  1{last:>{max(len(last) + 1, columns - 1)}}".rstrip())
     return "\n".join([*lines, _ends(config, iterations)])
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from modelyard.data.datasets import IndexedDataset
-from modelyard.data.rows import Piece
 from modelyard.errors import UserError
+
+if TYPE_CHECKING:  # The train step imports this module where there is no pydantic.
+    from modelyard.data.datasets import IndexedDataset
+    from modelyard.data.rows import Piece
 
 IGNORED = -100
 """Label of a position that has no target."""

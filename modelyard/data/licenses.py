@@ -9,8 +9,11 @@ SPDX_LINE = re.compile(r"SPDX-License-Identifier:\s*([A-Za-z0-9.+()\- ]*[A-Za-z0
 HEADER_CHARACTERS = 2000
 LICENSE_NAME = re.compile(r"(licen[cs]e|copying|unlicense)([-._].*)?", re.IGNORECASE)
 
-# The first whose every phrase is in the licence file is taken, so narrower texts stand before wider ones.
-PHRASES: tuple[tuple[str, tuple[str, ...]], ...] = (
+TITLE_CHARACTERS = 400
+
+# The first whose every phrase is there is taken. GNU's and Mozilla's texts speak of one another further down, so for
+# them only the title counts; short permissive texts have no title and are known by their words.
+TITLES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Apache-2.0", ("apache license", "version 2.0")),
     ("AGPL-3.0", ("gnu affero general public license", "version 3")),
     ("LGPL-3.0", ("gnu lesser general public license", "version 3")),
@@ -18,7 +21,9 @@ PHRASES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("GPL-3.0", ("gnu general public license", "version 3")),
     ("GPL-2.0", ("gnu general public license", "version 2")),
     ("MPL-2.0", ("mozilla public license", "2.0")),
-    ("PSF-2.0", ("python software foundation license",)),
+)
+PHRASES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("PSF-2.0", ("python software foundation license version 2",)),
     ("BSD-3-Clause", ("redistribution and use in source and binary forms", "neither the name")),
     ("BSD-2-Clause", ("redistribution and use in source and binary forms",)),
     ("ISC", ("permission to use, copy, modify, and/or distribute this software",)),
@@ -37,7 +42,11 @@ def header_license(text: str) -> str | None:
 def recognise_license(text: str) -> str | None:
     """SPDX identifier of a whole licence text; None when it is none of the common ones."""
     words = " ".join(text.lower().split())
-    return next((name for name, phrases in PHRASES if all(phrase in words for phrase in phrases)), None)
+    for candidates, part in ((TITLES, words[:TITLE_CHARACTERS]), (PHRASES, words)):
+        for name, phrases in candidates:
+            if all(phrase in part for phrase in phrases):
+                return name
+    return None
 
 
 class FolderLicenses:

@@ -7,44 +7,34 @@ written in `<output>.tmp`, which gets its name when it is complete.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
 from modelyard.config.prepare import PrepareConfig
+from modelyard.data.columns import ColumnWriter, column_writer
+from modelyard.data.output import RECORD, existing_record, output_folder
 from modelyard.data.progress import Progress, duration
-from modelyard.data.sources import Chunk, RecordError, Source, open_source
-from modelyard.data.spans import SpanError, character_mask, token_mask
+from modelyard.data.sources import Source, open_source
 from modelyard.data.splits import deal
-from modelyard.data.store import (
-    TOKEN_TYPES,
-    StoreWriter,
-    disk_full_error,
-    read_manifest,
-    sync_folder,
-    token_type,
-    write_synced,
-)
+from modelyard.data.store import TOKEN_TYPES, StoreWriter, token_type, write_synced
+from modelyard.data.tokenize import Job, Tokenized, tokenize_chunk
 from modelyard.data.tokenizer import (
     DocumentFrame,
     SpecialToken,
     Tokenizer,
     document_frame,
     load_tokenizer,
-    replace_surrogates,
     separator_notice,
 )
 from modelyard.data.workers import available_cores, ordered_map
@@ -52,49 +42,10 @@ from modelyard.errors import UserError
 
 WHOLE = "data"
 """Folder of the one store when no splits are asked for."""
-RECORD = "prepare.json"
-"""What an output folder was made from; tells "already there" from "something else is there"."""
-COLUMN_ROWS = 8192
-"""Documents in a row group of columns.parquet."""
 COMPRESSED_GROWTH = 3.5
 """Text in a byte of a compressed file, for the disk estimate."""
 CHARACTERS_PER_TOKEN = 5
 """More than tokenizers reach on most text, so that the disk estimate errs on the low side."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker needs to turn a chunk into tokens."""
-
-    source: Source
-    tokenizer: Tokenizer
-    frame: DocumentFrame
-    spans: bool
-    parse_special: bool
-    dtype: str
-
-
-@dataclass
-class Tokenized:
-    """One chunk's documents. Empty documents are counted, not kept."""
-
-    records: int
-    """Records in the chunk, kept or not."""
-    lengths: np.ndarray
-    """Tokens of each kept document, [documents]."""
-    tokens: np.ndarray
-    """[sum of lengths]"""
-    mask: np.ndarray | None
-    """Loss mask, [sum of lengths]; None without spans."""
-    columns: list[tuple[str | None, ...]]
-    """Per kept document."""
-    empty: int = 0
-    repaired: int = 0
-    """Documents with lone surrogates, which became U+FFFD."""
-    unreadable: int = 0
-    """Source files that are not UTF-8."""
-    problem: tuple[int, str] | None = None
-    """Number within the chunk, and reason, of the first record that cannot be used; then nothing else is filled."""
 
 
 @dataclass
@@ -148,12 +99,7 @@ def prepare(
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     notices: list[str] = []
-    tokenizer = load_tokenizer(config.tokenizer.path)
-    options = config.tokenizer.model_dump(exclude={"path"})
-    frame = document_frame(tokenizer, **options)
-    if notice := separator_notice(tokenizer, frame):
-        notices.append(notice)
-    source = open_source(config.dataset, notices)
+    tokenizer, frame, source = _open(config, notices)
     workers = _workers(config, notices)
     job = Job(
         source,
@@ -166,20 +112,19 @@ def prepare(
     for notice in notices:
         report(f"note: {notice}")
     record = _record(config, job)
-    if (there := _already_there(config, record, overwrite)) is not None:
+    if (there := existing_record(config.output_path, record, overwrite)) is not None:
         report(f"{config.output_path} is already there, made from the same data with the same config")
-        return there
+        return _summary(config, there["counts"], there["stores"], already_there=True)
     if not config.dataset.disable_disk_space_check:
         _check_disk(config, job)
     started = time.monotonic()
-    with _output_folder(config.output_path) as folder:
+    with output_folder(config.output_path) as folder:
         counts, stores = _write_stores(config, job, folder, workers, report, terminal)
-        for name, facts in stores.items():
-            write_synced(folder / _dataset_file(config, name), yaml.safe_dump(facts, sort_keys=False))
-        write_synced(
-            folder / RECORD,
-            json.dumps(record | {"counts": counts.__dict__, "stores": stores}, indent=1) + "\n",
-        )
+        files = {_dataset_file(config, name): facts for name, facts in stores.items()}
+        for file, facts in files.items():
+            write_synced(folder / file, yaml.safe_dump(facts, sort_keys=False))
+        record |= {"counts": counts.__dict__, "stores": stores, "files": list(files)}
+        write_synced(folder / RECORD, json.dumps(record, indent=1) + "\n")
     seconds = time.monotonic() - started
     summary = _summary(config, counts.__dict__, stores, already_there=False)
     for line in _summary_lines(summary, counts, seconds):
@@ -187,77 +132,29 @@ def prepare(
     return summary
 
 
+def _open(config: PrepareConfig, notices: list[str]) -> tuple[Tokenizer, DocumentFrame, Source]:
+    """The tokenizer, what stands around documents, and the source; the problems of all of them at once."""
+    problems: list[str] = []
+    try:
+        tokenizer = load_tokenizer(config.tokenizer.path)
+        frame = document_frame(tokenizer, **config.tokenizer.model_dump(exclude={"path"}))
+    except UserError as error:
+        problems += error.problems
+    try:
+        source = open_source(config.dataset, notices)
+    except UserError as error:
+        problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    if notice := separator_notice(tokenizer, frame):
+        notices.append(notice)
+    return tokenizer, frame, source
+
+
 def run_prepare(config: PrepareConfig, *, overwrite: bool = False) -> int:
     """The verb `modelyard prepare`; returns the exit status."""
     prepare(config, report=lambda line: print(line, flush=True), overwrite=overwrite)
     return 0
-
-
-def tokenize_chunk(job: Job, chunk: Chunk) -> Tokenized:
-    """Read one chunk and tokenise its documents; runs in a worker process."""
-    try:
-        records = job.source.read(chunk)
-    except RecordError as error:
-        return _failed(error.index, error.reason)
-    kept = [(index, record) for index, record in enumerate(records) if record is not None]
-    result = Tokenized(len(records), *_nothing(job), columns=[], unreadable=len(records) - len(kept))
-    texts = []
-    for _, record in kept:
-        text = record.text
-        if not text.isascii() and (clean := replace_surrogates(text)) != text:
-            text = clean
-            result.repaired += 1
-        texts.append(text)
-    encodings = job.tokenizer.encode_batch(texts, parse_special=job.parse_special, offsets=job.spans)
-    pieces: list[np.ndarray] = []
-    masks: list[np.ndarray] = []
-    lengths = []
-    for (index, record), encoding in zip(kept, encodings, strict=True):
-        ids = encoding.ids
-        if not ids:
-            result.empty += 1
-            continue
-        before, after = missing_ends(ids, job.frame)
-        if job.spans:
-            try:
-                characters = character_mask(record.spans, len(record.text))
-            except SpanError as error:
-                return _failed(index, str(error))
-            # The begin token shares the fate of the first character, the end token that of the last.
-            masks += [characters[:1]] * len(before)
-            masks += [token_mask(characters, encoding.offsets)]
-            masks += [characters[-1:]] * len(after)
-        pieces.append(np.array([*before, *ids, *after], TOKEN_TYPES[job.dtype]))
-        lengths.append(len(pieces[-1]))
-        result.columns.append(record.columns)
-    if pieces:
-        result.lengths = np.array(lengths, np.int64)
-        result.tokens = np.concatenate(pieces)
-        result.mask = np.concatenate(masks).astype(np.uint8) if job.spans else None
-    return result
-
-
-def missing_ends(ids: list[int], frame: DocumentFrame) -> tuple[list[int], list[int]]:
-    """The begin and end token that a document still needs, each as a list of at most one.
-
-    One that the text brought itself is not doubled; a document of a single token is not both its begin and its end.
-    """
-    has_bos = frame.bos is not None and ids[0] == frame.bos.id
-    begin = 1 if has_bos else 0
-    has_eos = frame.eos is not None and len(ids) > begin and ids[-1] == frame.eos.id
-    before = [frame.bos.id] if frame.bos and not has_bos else []
-    after = [frame.eos.id] if frame.eos and not has_eos else []
-    return before, after
-
-
-def _nothing(job: Job) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    tokens = np.zeros(0, TOKEN_TYPES[job.dtype])
-    return np.zeros(0, np.int64), tokens, np.zeros(0, np.uint8) if job.spans else None
-
-
-def _failed(index: int, reason: str) -> Tokenized:
-    empty = np.zeros(0, np.int64)
-    return Tokenized(0, empty, empty, None, [], problem=(index, reason))
 
 
 def _write_stores(
@@ -275,7 +172,9 @@ def _write_stores(
     with ExitStack() as stack:
         progress = Progress(job.source.total, report, terminal)
         writers = [stack.enter_context(_store_writer(config, job, folder / name)) for name in names]
-        columns = [stack.enter_context(_column_writer(config, job, writer)) for writer in writers]
+        columns = [
+            stack.enter_context(column_writer(job.source.fields.columns, writer)) for writer in writers
+        ]
         stack.enter_context(progress)
         results = ordered_map(tokenize_chunk, job, job.source.chunks(), workers)
         stack.callback(results.close)
@@ -346,46 +245,6 @@ def _store_writer(config: PrepareConfig, job: Job, path: Path) -> StoreWriter:
     )
 
 
-@dataclass
-class ColumnWriter:
-    """A store's columns.parquet: text columns, one row per document, in row groups of fixed size."""
-
-    parquet: pq.ParquetWriter
-    schema: pa.Schema
-    rows: list[tuple[str | None, ...]] = field(default_factory=list)
-
-    def add(self, rows: list[tuple[str | None, ...]]) -> None:
-        self.rows += rows
-        while len(self.rows) >= COLUMN_ROWS:
-            self._write(self.rows[:COLUMN_ROWS])
-            del self.rows[:COLUMN_ROWS]
-
-    def finish(self) -> None:
-        if self.rows:
-            self._write(self.rows)
-        self.parquet.close()
-
-    def _write(self, rows: list[tuple[str | None, ...]]) -> None:
-        columns = [pa.array(values, pa.string()) for values in zip(*rows, strict=True)]
-        self.parquet.write_table(
-            pa.Table.from_arrays(columns, schema=self.schema), row_group_size=COLUMN_ROWS
-        )
-
-
-@contextmanager
-def _column_writer(config: PrepareConfig, job: Job, writer: StoreWriter) -> Iterator[ColumnWriter | None]:
-    names = job.source.fields.columns
-    if not names:
-        yield None
-        return
-    schema = pa.schema([(name, pa.string()) for name in names])
-    with (writer.temporary / "columns.parquet").open("wb") as file:
-        columns = ColumnWriter(pq.ParquetWriter(file, schema, compression="zstd"), schema)
-        yield columns
-        columns.finish()
-    writer.include("columns.parquet")
-
-
 def _workers(config: PrepareConfig, notices: list[str]) -> int:
     cores = available_cores()
     asked = {
@@ -420,47 +279,6 @@ def _record(config: PrepareConfig, job: Job) -> dict[str, Any]:
         name: hashlib.sha256(content).hexdigest() for name, content in sorted(job.tokenizer.files().items())
     }
     return {"version": 1, "config": settings, "source": job.source.identity(), "tokenizer": files}
-
-
-def _already_there(config: PrepareConfig, record: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """The summary of a complete output made from the same; None when there is nothing (or it may be replaced).
-
-    Raises:
-        UserError: the folder holds something else.
-    """
-    output = config.output_path
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())) or overwrite:
-        return None
-    if not output.is_dir():
-        raise UserError(f"output_path {output} is a file, not a folder")
-    if not (output / RECORD).is_file():
-        raise UserError(f"output_path {output} holds other files: choose another, or empty it")
-    there = json.loads((output / RECORD).read_text(encoding="utf-8"))
-    if differences := list(_differences(there, record)):
-        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise UserError(
-            f"output_path {output} was made from something else ({'; '.join(differences[:3])}{more}): choose another "
-            "folder, or replace it (--overwrite)"
-        )
-    for name in there["stores"]:
-        read_manifest(output / name)
-    return _summary(config, there["counts"], there["stores"], already_there=True)
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """`name: old → new` for every value of `new` that `old` has otherwise, and every one that it lacks or has besides."""
-    for key in {**new, **({} if not prefix else old)}:
-        name = f"{prefix}{key}"
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            yield from _differences(before, after, f"{name}.")
-        elif before != after:
-            yield f"{name}: {_short(before)} → {_short(after)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 20 else f"{text[:9]}…"
 
 
 def _summary(
@@ -514,44 +332,3 @@ def _text_bytes(source: Source) -> float:
         file.size * (COMPRESSED_GROWTH if file.compression or file.kind == "parquet" else 1)
         for file in getattr(source, "files", [])
     )
-
-
-@contextmanager
-def _output_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` to write into; it becomes `output`, whole, when the block ends without an error."""
-    temporary = output.with_name(output.name + ".tmp")
-    temporary.mkdir(parents=True, exist_ok=True)
-    lock = (temporary / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise UserError(f"another prepare is writing {output} at this moment") from None
-    try:
-        for entry in temporary.iterdir():  # left over by one that was killed
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry.name != ".lock":
-                entry.unlink()
-        yield temporary
-        (temporary / ".lock").unlink()
-        sync_folder(temporary)
-        _replace(temporary, output)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise disk_full_error(error, output) or error from None
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    finally:
-        lock.close()
-
-
-def _replace(temporary: Path, output: Path) -> None:
-    old = output.with_name(output.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        output.rename(old)
-    temporary.rename(output)
-    sync_folder(output.parent)
-    shutil.rmtree(old, ignore_errors=True)

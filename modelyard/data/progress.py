@@ -36,7 +36,7 @@ class Progress:
 
             self._bar = Bar(
                 TextColumn("prepare"),
-                BarColumn(),
+                BarColumn(10),
                 TextColumn("{task.percentage:>3.0f}%"),
                 TextColumn("{task.fields[counts]}"),
                 TextColumn("ETA"),
@@ -61,15 +61,26 @@ class Progress:
         self.tokens += tokens
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, counts=self._counts(now))
+            speed = short(self.tokens / max(now - self.started, 1e-9))
+            counts = f"{short(self.documents)} documents | {short(self.tokens)} tokens | {speed} tokens/s"
+            self._bar.update(self._task, completed=self.done, counts=counts)
         elif now - self._last_line >= LINE_SECONDS:
             self._last_line = now
             left = (now - self.started) * (self.total - self.done) / max(self.done, 1)
-            self.report(f"prepare {self.done / self.total:4.0%} | {self._counts(now)} | ETA {duration(left)}")
+            speed = self.tokens / max(now - self.started, 1e-9)
+            self.report(
+                f"prepare {self.done / self.total:4.0%} | {self.documents:,} documents | {self.tokens:,} tokens | "
+                f"{speed:,.0f} tokens/s | ETA {duration(left)}"
+            )
 
-    def _counts(self, now: float) -> str:
-        speed = self.tokens / max(now - self.started, 1e-9)
-        return f"{self.documents:,} documents | {self.tokens:,} tokens | {speed:,.0f} tokens/s"
+
+def short(number: float) -> str:
+    """A count in few characters: `999`, `12.3k`, `4.58M`, `1.2G`, `15T`."""
+    for unit in ("", "k", "M", "G"):
+        if number < 999.5:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}T"
 
 
 def duration(seconds: float) -> str:

@@ -3,8 +3,9 @@
 A row holds `sequence_length + 1` tokens: the first `sequence_length` are inputs, the last `sequence_length` targets, so
 the last token of a row is only ever a target. Two ways to fill them:
 
-- `CutRows`: the documents of all epochs are one stream; row `i` is its tokens `[i * S, i * S + S + 1)`. Rows overlap by
-  the one token that is a target in the first and an input in the second.
+- `CutRows`: the documents of all epochs are one stream, cut into `[j * S, j * S + S + 1)`: neighbours overlap by the one
+  token that is a target in the first and an input in the second. The rows that begin in one block are then shuffled, so
+  that a batch is not one long document.
 - `WholeRows`: best-fit packing of whole documents inside each block of the order, with padding; documents that are
   longer than a row are left out and counted.
 """
@@ -13,27 +14,35 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from modelyard.data.datasets import IndexedDataset
-from modelyard.data.order import DocumentOrder, derive_key
+from modelyard.data.order import DocumentOrder, derive_key, keyed_shuffle
 from modelyard.data.packing import Packed, pack_best_fit
 from modelyard.errors import UserError
 
-_LAYOUT_VERSION = 1
+_LAYOUT_VERSION = 2
 """Raised when the same seed would give other rows than before: tables saved by an older version are not used then."""
 _CACHED_BLOCKS = 2
 """Rows are read in order, and a row that is cut touches two blocks."""
 
+_ADVISED_TOKENS = 1 << 27
+"""Blocks up to this size are read from disk at once when their first row is; larger ones document by document."""
 _SAMPLED_BLOCKS = 8
 """Blocks that are packed to say how many rows an epoch has: about a tenth of a second."""
 
-BlockT = TypeVar("BlockT")
+
+class _Block(Protocol):
+    @property
+    def tokens(self) -> int: ...
+
+
+BlockT = TypeVar("BlockT", bound=_Block)
 
 
 class Piece(NamedTuple):
@@ -89,6 +98,7 @@ class Rows(ABC, Generic[BlockT]):
         self.fingerprint = f"{derive_key(*self._identity()):016x}"
         """Changes with everything that decides what is in which row."""
         self._blocks: OrderedDict[int, BlockT] = OrderedDict()
+        self._advised: deque[int] = deque(maxlen=_CACHED_BLOCKS)
 
     @abstractmethod
     def row(self, index: int) -> list[Piece]:
@@ -131,6 +141,16 @@ class Rows(ABC, Generic[BlockT]):
             self._blocks.move_to_end(block)
         return found
 
+    def _block_to_read(self, block: int) -> BlockT:
+        """A block whose tokens are about to be read."""
+        found = self._block(block)
+        if block not in self._advised:
+            self._advised.append(block)
+            if found.tokens <= _ADVISED_TOKENS:
+                firsts, lasts = self.order.runs(block)
+                self.dataset.will_need(list(zip(firsts.tolist(), lasts.tolist())))
+        return found
+
     def _documents(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """The block's documents in reading order and their lengths, int64 [documents] each."""
         firsts, lasts = self.order.runs(block)
@@ -153,6 +173,10 @@ class _Stream:
     starts: np.ndarray
     """First token of each in the block, and the block's length: int64 [documents + 1]."""
 
+    @property
+    def tokens(self) -> int:
+        return int(self.starts[-1])
+
 
 class _Counts(NamedTuple):
     """What packing one block met. Units: documents, rows, tokens, documents, tokens."""
@@ -167,16 +191,19 @@ class _Counts(NamedTuple):
 class CutRows(Rows[_Stream]):
     """Rows cut from the stream of documents (`truncate_documents: yes`)."""
 
+    _shuffle: tuple[int, np.ndarray] | None = None
+    """The block met last and the order of its rows."""
+
     def row(self, index: int) -> list[Piece]:
-        """Tokens `[index * S, index * S + S + 1)` of the stream."""
-        position = index * self.sequence_length
+        """Tokens `[j * S, j * S + S + 1)` of the stream, where `j` is the row's place in it."""
+        position = self._place(index) * self.sequence_length
         stop = position + self.sequence_length + 1
         pieces = []
         block = self.table.find(position)
         while position < stop:
-            stream = self._block(block)
+            stream = self._block_to_read(block)
             start = position - self.table.first[block]
-            end = min(stop - self.table.first[block], int(stream.starts[-1]))
+            end = min(stop - self.table.first[block], stream.tokens)
             first = int(np.searchsorted(stream.starts, start, side="right")) - 1
             last = int(np.searchsorted(stream.starts, end, side="left"))
             bounds = stream.starts[first : last + 1].tolist()
@@ -188,6 +215,17 @@ class CutRows(Rows[_Stream]):
             if position < stop:
                 block = self.table.find(position)
         return pieces
+
+    def _place(self, index: int) -> int:
+        """Which cut of the stream row `index` is: a permutation of the cuts that begin in its block."""
+        block = self.table.find(index * self.sequence_length)
+        key = self.order.row_key(block)
+        if key is None:
+            return index
+        begin, end = (-(-self.table.first[b] // self.sequence_length) for b in (block, block + 1))
+        if self._shuffle is None or self._shuffle[0] != block:
+            self._shuffle = (block, keyed_shuffle(key, end - begin))
+        return begin + int(self._shuffle[1][index - begin])
 
     def rows_per_epoch(self) -> float:
         """Exact: tokens ÷ sequence length."""
@@ -217,6 +255,10 @@ class _Packing:
     """Int64 [documents]."""
     packed: Packed
 
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum())
+
 
 class WholeRows(Rows[_Packing]):
     """Rows of whole documents (`truncate_documents: no`)."""
@@ -228,7 +270,7 @@ class WholeRows(Rows[_Packing]):
     def row(self, index: int) -> list[Piece]:
         """Whole documents, in the order of the block."""
         block = self._find(index)
-        packing = self._block(block)
+        packing = self._block_to_read(block)
         row = index - self.table.first[block]
         members = packing.packed.members[packing.packed.bounds[row] : packing.packed.bounds[row + 1]]
         documents, lengths = packing.documents[members].tolist(), packing.lengths[members].tolist()
@@ -271,5 +313,7 @@ class WholeRows(Rows[_Packing]):
         packed = pack_best_fit(lengths, self.sequence_length + 1, self.order.row_key(block))
         if block < self.order.blocks_per_cycle:
             tokens = int(lengths[packed.members].sum())
-            self._packed[block] = _Counts(len(documents), packed.rows, tokens, packed.over_long, packed.longest)
+            self._packed[block] = _Counts(
+                len(documents), packed.rows, tokens, packed.over_long, packed.longest
+            )
         return _Packing(documents, lengths, packed)

@@ -376,8 +376,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     file = path / "manifest.json"
     if not path.exists():
-        unfinished = path.with_name(path.name + ".tmp")
-        hint = f" ({unfinished} is an unfinished one; run prepare again)" if unfinished.exists() else ""
+        candidates = [folder.with_name(folder.name + ".tmp") for folder in (path, path.parent) if folder.name]
+        unfinished = [str(candidate) for candidate in candidates if candidate.exists()]
+        hint = f" ({unfinished[0]} is an unfinished one; run prepare again)" if unfinished else ""
         raise UserError(missing_path(path) + hint)
     if not file.is_file():
         raise UserError(f"{path} is not a token store: it has no manifest.json")

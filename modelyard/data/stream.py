@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from math import ceil
 from pathlib import Path
 from queue import Queue
@@ -273,7 +273,9 @@ class _Blended:
 _Node = _Leaf | _Blended
 
 
-def prefetched(stream: DataStream, begin: int, end: int, depth: int = 2) -> Iterator[tuple[Batch, float]]:
+def prefetched(
+    stream: DataStream, begin: int, end: int, depth: int = 2
+) -> Generator[tuple[Batch, float], None, None]:
     """Batches `begin:end` in order, made in a background thread while the caller works, and the seconds waited for each.
 
     At most `depth` batches wait ready. Close the generator (`contextlib.closing`) to stop early; the thread has ended when

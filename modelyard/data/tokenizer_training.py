@@ -50,7 +50,9 @@ def train_tokenizer(
     """
     smallest = BYTES + len(special_tokens)
     if vocab_size < smallest:
-        raise UserError(f"vocab_size {vocab_size} is below {smallest}: {BYTES} bytes and {len(special_tokens)} special tokens")
+        raise UserError(
+            f"vocab_size {vocab_size} is below {smallest}: {BYTES} bytes and {len(special_tokens)} special tokens"
+        )
     if (folder / "tokenizer.json").exists():
         raise UserError(f"{folder} holds a tokenizer already; it is not written over")
     tokenizer = Tokenizer(models.BPE())
@@ -76,7 +78,9 @@ def train_tokenizer(
         [
             processors.ByteLevel(trim_offsets=False),
             processors.TemplateProcessing(
-                single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+                single=f"{bos} $A",
+                pair=f"{bos} $A {bos}:1 $B:1",
+                special_tokens=[(bos, tokenizer.token_to_id(bos))],
             ),
         ]
     )
@@ -127,7 +131,9 @@ def source_texts(source: Source) -> Iterator[str]:
         try:
             records = source.read(chunk)
         except RecordError as error:
-            raise UserError(f"{source.place(chunk)}: record {before + error.index + 1}: {error.reason}") from None
+            raise UserError(
+                f"{source.place(chunk)}: record {before + error.index + 1}: {error.reason}"
+            ) from None
         before += len(records)
         for record in records:
             if record is not None and record.text:

@@ -8,14 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from modelyard.errors import UserError
 from modelyard.generate.sample import SamplingOptions, generate
 from modelyard.model.decoder import Decoder
-from modelyard.model.formats import load_decoder, open_huggingface
 
-__all__ = ["Completion", "Generator", "Piece", "SamplingOptions", "load_for_generation"]
+__all__ = ["Completion", "Generator", "Piece", "SamplingOptions"]
 
 
 @dataclass(frozen=True)
@@ -90,17 +87,6 @@ class Generator:
     def complete(self, prompt: str, options: SamplingOptions) -> Completion:
         pieces = list(self.stream(prompt, options))
         return Completion(prompt, "".join(p.text for p in pieces), [p.token_id for p in pieces])
-
-
-def load_for_generation(
-    folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> Generator:
-    """A Hugging Face folder ready to generate, in the dtype of its weights unless told. Raises UserError."""
-    opened = open_huggingface(folder)
-    model = load_decoder(opened.weights, opened.architecture, where=str(folder), dtype=dtype, device=device)
-    # The roundings of transformers, so that greedy text in bf16 is the same there and here.
-    model.rotary_dtype = model.output_weight.dtype
-    return Generator(model, folder)
 
 
 def _load_tokenizer(folder: Path) -> Any:

@@ -8,7 +8,7 @@ chunk's gradients while its logits are there, so that [tokens, vocabulary] never
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,6 @@ from torch.autograd.function import once_differentiable
 from modelyard.dtypes import wide
 
 IGNORED = -100
-Implementation = Literal["auto", "fused", "torch"]
 
 
 def linear_cross_entropy(
@@ -26,12 +25,13 @@ def linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
-    implementation: Implementation = "auto",
+    implementation: str = "auto",
     z_loss: float = 0.0,
     logits_scale: float = 1.0,
 ) -> Tensor:
     """The loss summed over tokens whose label is not -100: a scalar in fp32 (fp64 for fp64 inputs).
 
+    `implementation` is `auto`, `fused` or `torch`.
     hidden [tokens, hidden], weight [vocabulary, hidden], labels int64 [tokens]. Gradients of hidden and weight have
     their dtypes; the weight's is summed in fp32 or wider first. `fused` frees its gradients in the backward, which
     can therefore run once. `auto` is `fused`: the faster one at every size measured, and the smaller.

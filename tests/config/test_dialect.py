@@ -32,7 +32,9 @@ def test_validation_of_the_first_eras() -> None:
 
 
 def test_evaluations_of_the_third_era() -> None:
-    found, notices = evaluators("training:\n  evaluations:\n    books: {iterations: 2, interval: 10}\n    web: {interval: 5}\n")
+    found, notices = evaluators(
+        "training:\n  evaluations:\n    books: {iterations: 2, interval: 10}\n    web: {interval: 5}\n"
+    )
     assert found == {"books": LOSS, "web": {"interval": 5}}
     assert notices == [
         "x:3: training.evaluations.books is now training.evaluators.books",
@@ -45,15 +47,22 @@ def test_the_unnamed_evaluator_is_called_after_its_dataset() -> None:
         "training:\n  evaluators:\n    interval: 10\n    evaluator: {type: loss, iterations: 2, dataset_name: held_out}\n"
     )
     assert found == {
-        "held_out": {"interval": 10, "evaluator": {"type": "loss", "iterations": 2, "dataset_name": "held_out"}}
+        "held_out": {
+            "interval": 10,
+            "evaluator": {"type": "loss", "iterations": 2, "dataset_name": "held_out"},
+        }
     }
-    assert notices == ["x:3: the unnamed evaluator in training.evaluators is now training.evaluators.held_out"]
+    assert notices == [
+        "x:3: the unnamed evaluator in training.evaluators is now training.evaluators.held_out"
+    ]
 
 
 def test_an_evaluators_keys_beside_its_interval() -> None:
     found, notices = evaluators("training: {evaluators: {v: {interval: 10, iterations: 2}}}\n")
     assert found == {"v": LOSS}
-    assert notices == ["x:1: training.evaluators.v: iterations now belongs in training.evaluators.v.evaluator"]
+    assert notices == [
+        "x:1: training.evaluators.v: iterations now belongs in training.evaluators.v.evaluator"
+    ]
 
 
 @pytest.mark.parametrize(

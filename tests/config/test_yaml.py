@@ -45,7 +45,8 @@ def test_words_and_numbers_are_what_people_mean(text: str, value: object) -> Non
 
 
 @pytest.mark.parametrize(
-    "text", ["y", "n", "1:30", "2024-01-01", "007", "1.2.3", "_1", "e5", "inf", "nan", "1e", "yEs", "0b", "-", "."]
+    "text",
+    ["y", "n", "1:30", "2024-01-01", "007", "1.2.3", "_1", "e5", "inf", "nan", "1e", "yEs", "0b", "-", "."],
 )
 def test_other_words_stay_text(text: str) -> None:
     assert parse_scalar(text) == text

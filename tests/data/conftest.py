@@ -13,7 +13,22 @@ import zstandard
 
 from modelyard.data.tokenizer_training import train_tokenizer
 
-WORDS = ["the", "ship", "sails", "over", "a", "wide", "sea", "and", "naïve", "Möwen", "follow", "42", "times", "🚢"]
+WORDS = [
+    "the",
+    "ship",
+    "sails",
+    "over",
+    "a",
+    "wide",
+    "sea",
+    "and",
+    "naïve",
+    "Möwen",
+    "follow",
+    "42",
+    "times",
+    "🚢",
+]
 
 
 def sentence(number: int) -> str:

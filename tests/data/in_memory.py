@@ -47,6 +47,9 @@ class InMemory:
     def where(self, index: int) -> str:
         return f"document {index} of {self.name}"
 
+    def will_need(self, ranges: Sequence[tuple[int, int]]) -> None:
+        assert all(0 <= begin < end <= self.num_documents for begin, end in ranges)
+
 
 def write_store(
     path: Path,

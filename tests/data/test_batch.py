@@ -52,7 +52,9 @@ def test_isolated():
 def test_continued_document_starts_a_segment():
     batch = batch_of([(2, 2, 6), (1, 0, 1)], sequence=4, isolate=True)
     assert batch.input_ids.tolist() == [[31, 32, 33, 2]]
-    assert batch.labels.tolist() == [[32, 33, 2, -100]]  # the first token of document 1 is no target of document 2
+    assert batch.labels.tolist() == [
+        [32, 33, 2, -100]
+    ]  # the first token of document 1 is no target of document 2
     assert batch.positions.tolist() == [[0, 1, 2, 3]]
     assert batch.cu_seqlens.tolist() == [[0, 4]]  # it has no input position here, so no segment
 
@@ -166,5 +168,9 @@ def test_token_outside_the_vocabulary_is_named():
         UserError, match=r"token 33 in document 2 of in memory is outside the model's vocabulary of 33"
     ):
         assemble(
-            [(DATA, [Piece(0, 0, 4), Piece(2, 0, 6)])], sequence_length=9, vocab_size=33, isolate=True, mask=False
+            [(DATA, [Piece(0, 0, 4), Piece(2, 0, 6)])],
+            sequence_length=9,
+            vocab_size=33,
+            isolate=True,
+            mask=False,
         )

@@ -46,7 +46,14 @@ def test_any_prefix_to_within_one_row(name):
 
 def test_by_hand():
     # Two to one: by slot 1 the first dataset must have one row, by slot 2 both of it or one of each.
-    assert [Blend([2.0, 1.0]).locate(row) for row in range(6)] == [(0, 0), (0, 1), (1, 0), (0, 2), (0, 3), (1, 1)]
+    assert [Blend([2.0, 1.0]).locate(row) for row in range(6)] == [
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (0, 2),
+        (0, 3),
+        (1, 1),
+    ]
 
 
 def test_decimals_as_written_are_exact():

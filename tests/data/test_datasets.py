@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,15 @@ import pytest
 from pydantic import TypeAdapter
 
 from modelyard.config.data import DatasetConfig
-from modelyard.data.datasets import ConcatenatedDatasets, IndexedDataset, RandomTokens, SlicedDataset, open_dataset
+from modelyard.data.datasets import (
+    ConcatenatedDatasets,
+    IndexedDataset,
+    RandomTokens,
+    SlicedDataset,
+    open_dataset,
+)
 from modelyard.data.resolve import resolve
+from modelyard.data.store import StoreWriter
 from modelyard.errors import UserError
 from tests.data.in_memory import InMemory, write_store
 
@@ -20,7 +28,9 @@ MASKS = [document % 2 for document in DOCUMENTS]
 
 
 def opened(config: dict, base: Path | None = None) -> IndexedDataset:
-    return open_dataset(resolve(CONFIG.validate_python(config), base), vocab_size=100, sequence_length=8, seed=1)
+    return open_dataset(
+        resolve(CONFIG.validate_python(config), base), vocab_size=100, sequence_length=8, seed=1
+    )
 
 
 def check(dataset: IndexedDataset, expected: list[np.ndarray]) -> None:
@@ -48,7 +58,12 @@ def test_store_slices_and_concatenation(tmp_path):
     assert dataset.lanes == {"loss_mask"}
     assert [dataset.lane("loss_mask", n).tolist() for n in range(7)] == [mask.tolist() for mask in MASKS]
     assert dataset.where(5) == f"document 1 of {tmp_path / 'b'}"
-    middle = {"type": "slice", "begin": 0.3, "end": 0.8, "dataset": both}  # documents round(2.1) to round(5.6)
+    middle = {
+        "type": "slice",
+        "begin": 0.3,
+        "end": 0.8,
+        "dataset": both,
+    }  # documents round(2.1) to round(5.6)
     sliced = opened(middle, tmp_path)
     check(sliced, DOCUMENTS[2:6])
     assert sliced.where(0) == f"document 2 of {tmp_path / 'a'}"
@@ -131,3 +146,36 @@ def test_what_cannot_be_read_says_why(tmp_path, config, message):
     (tmp_path / "other.idx").write_bytes(b"MMIDIDX\0\0")
     with pytest.raises(UserError, match=message):
         opened(config, tmp_path)
+
+
+def test_hints_name_the_bytes_that_will_be_read(tmp_path, monkeypatch):
+    for name in "ab":
+        with StoreWriter(tmp_path / name, vocab_size=300, tokens_per_shard=8) as writer:
+            for document in DOCUMENTS:  # shards of 4, 7, 4, 7 tokens, two bytes each
+                writer.append(document)
+    asked: list[tuple[str, int, int]] = []
+    files: dict[int, Path] = {}
+    real_open = os.open
+
+    def record_open(path, flags, *rest, **more):
+        descriptor = real_open(path, flags, *rest, **more)
+        files[descriptor] = Path(path)
+        return descriptor
+
+    def record(descriptor: int, begin: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        asked.append((f"{files[descriptor].parent.name}/{files[descriptor].name}", begin, length))
+
+    monkeypatch.setattr(os, "open", record_open)
+    monkeypatch.setattr(os, "posix_fadvise", record)
+    both = {
+        "type": "concatenated",
+        "datasets": [{"type": "memmap", "path": str(tmp_path / name)} for name in "ab"],
+    }
+    dataset = opened({"type": "slice", "begin": 1 / 14, "dataset": both})
+    dataset.will_need([(7, 8), (0, 3)])  # documents 8 and 1 to 3 of the concatenation
+    assert asked == [
+        ("a/tokens_00000.bin", 6, 2),
+        ("a/tokens_00001.bin", 0, 14),
+        ("b/tokens_00000.bin", 6, 2),
+    ]

@@ -30,7 +30,10 @@ def epoch(order: DocumentOrder, number: int) -> np.ndarray:
 def test_known_values_never_change():
     # A change here is a change of every user's data order: only with a new _LAYOUT_VERSION in rows.py.
     assert derive_key("order", 784569, 0) == 1684953942963905168
-    assert keyed_hash(5, np.arange(2, dtype=np.uint64)).tolist() == [16717243559324746421, 12403000284399229050]
+    assert keyed_hash(5, np.arange(2, dtype=np.uint64)).tolist() == [
+        16717243559324746421,
+        12403000284399229050,
+    ]
     assert keyed_shuffle(7, 8).tolist() == [5, 2, 7, 6, 4, 1, 3, 0]
     assert permute(7, np.arange(8), 100).tolist() == [95, 88, 3, 30, 64, 19, 23, 20]
 

@@ -26,7 +26,10 @@ def file(path: str | Path) -> DatasetConfig:
 
 
 def test_nested_paths_are_relative_to_their_own_file(tmp_path):
-    write(tmp_path / "outer.yaml", "type: concatenated\ndatasets:\n- {type: file, path: deep/inner.yaml}\n- {type: memmap, path: here}\n")
+    write(
+        tmp_path / "outer.yaml",
+        "type: concatenated\ndatasets:\n- {type: file, path: deep/inner.yaml}\n- {type: memmap, path: here}\n",
+    )
     write(tmp_path / "deep" / "inner.yaml", "type: memmap\npath: ../there\n")
     tree = resolve(file("outer.yaml"), tmp_path)
     assert [part.path for part in tree.datasets] == [tmp_path / "deep" / ".." / "there", tmp_path / "here"]
@@ -48,7 +51,10 @@ def test_a_split_written_by_the_older_prepare(tmp_path):
 
 
 def test_the_oldest_form_is_a_blend(tmp_path):
-    entries = [{"prefix": "shard_0", "num_documents": 3, "num_tokens": 30, "weight": 0.75}, {"prefix": "shard_1", "weight": 0.25}]
+    entries = [
+        {"prefix": "shard_0", "num_documents": 3, "num_tokens": 30, "weight": 0.75},
+        {"prefix": "shard_1", "weight": 0.25},
+    ]
     tree = resolve(file(write(tmp_path / "dataset.json", json.dumps({"datasets": entries}))))
     assert isinstance(tree, BlendedDataset)
     assert tree.weights == [0.75, 0.25]
@@ -56,7 +62,11 @@ def test_the_oldest_form_is_a_blend(tmp_path):
 
 
 def test_slices_move_below_blends():
-    blend = {"type": "blended", "weights": [1, 2], "datasets": [{"type": "random"}, {"type": "random", "name": "b"}]}
+    blend = {
+        "type": "blended",
+        "weights": [1, 2],
+        "datasets": [{"type": "random"}, {"type": "random", "name": "b"}],
+    }
     sampled = {"type": "sampled", "sampling": {"seed": 3}, "dataset": blend}
     tree = resolve(CONFIG.validate_python({"type": "slice", "begin": 0.25, "dataset": sampled}))
     assert isinstance(tree, SampledDataset)
@@ -85,12 +95,18 @@ def test_the_same_file_twice_is_no_circle(tmp_path):
         ("path: x\n", r"bad\.yaml.*a dataset needs a type \(one of file, memmap, "),
         ("type: memmap\npaht: x\n", r"bad\.yaml:2: unknown key 'paht'; did you mean 'path'\?"),
         ("type: fim\nrate: 0.5\n", r"bad\.yaml.*dataset type 'fim' cannot be used: fill-in-the-middle"),
-        ("type: slice\nbegin: 1.5\ndataset: {type: random}\n", r"bad\.yaml:2: begin = 1.5: expected a number of at most 1"),
+        (
+            "type: slice\nbegin: 1.5\ndataset: {type: random}\n",
+            r"bad\.yaml:2: begin = 1.5: expected a number of at most 1",
+        ),
         (
             "type: blended\nweights: [1, x]\ndatasets:\n- type: random\n- type: random\n",
             r"bad\.yaml:2: weights\.1 = 'x': expected a number",
         ),
-        ("type: blended\nweights: [1]\ndatasets: [{type: random}, {type: random}]\n", r"1 weights for 2 datasets"),
+        (
+            "type: blended\nweights: [1]\ndatasets: [{type: random}, {type: random}]\n",
+            r"1 weights for 2 datasets",
+        ),
         ("config: {type: memmap}\nmetadata: {}\n", r"dataset file of a newer program"),
         ("training: {iterations: 3}\n", r"a dataset needs a type"),
         ("- a\n", r"bad\.yaml:1: found a list"),

@@ -11,7 +11,9 @@ from modelyard.errors import UserError
 from tests.data.in_memory import InMemory
 
 
-def open_rows(kind: type[Rows], lengths: list[int], sequence_length: int, shuffle: str = "epoch", passes: int = 1):
+def open_rows(
+    kind: type[Rows], lengths: list[int], sequence_length: int, shuffle: str = "epoch", passes: int = 1
+):
     dataset = InMemory.of_lengths(lengths)
     order = DocumentOrder(len(lengths), key=3, shuffle=shuffle, passes=passes)
     return kind(dataset, order, sequence_length)
@@ -30,6 +32,13 @@ def test_cut_rows_by_hand():
     assert rows.rows_per_epoch() == 2.5
 
 
+def test_a_batch_is_not_one_long_document():
+    """One document fills a tenth of the data: of the first 20 rows it gets about 2, not all."""
+    rows = open_rows(CutRows, [1000] + [100] * 90, 10, "epoch")
+    of_the_long_one = sum(any(piece.document == 0 for piece in rows.row(index)) for index in range(100))
+    assert 3 <= of_the_long_one <= 20
+
+
 def test_whole_rows_by_hand():
     # Rows of 5 tokens. 4 → 1 free; 3 → 2 free; 2 fits that exactly; 1 fits the first. 6 is too long, 0 is nothing.
     rows = open_rows(WholeRows, [1, 3, 6, 4, 0, 2], 4, "disabled")
@@ -46,16 +55,21 @@ def test_cut_rows_are_the_stream(shuffle):
     rows = open_rows(CutRows, lengths, 1000, shuffle)
     total = sum(lengths)
     assert rows.order.blocks_per_cycle == 2
-    count = 2 * total // 1000
-    stream = tokens(rows, 0)[:1]
-    for index in range(count):
-        row = tokens(rows, index)
+    count = -(-2 * total // 1000)  # the rows that begin in the first two epochs
+    places = [rows._place(index) for index in range(count)]
+    assert sorted(places) == list(range(count))
+    one = total // 1000
+    assert (places[:one] == list(range(one))) == (shuffle != "epoch")
+    assert (places == list(range(count))) == (shuffle == "disabled")
+    stream = tokens(rows, places.index(0))[:1]
+    for place in range(count):
+        row = tokens(rows, places.index(place))
         assert len(row) == 1001
         assert row[0] == stream[-1]
         stream += row[1:]
     # Every token exactly once in each epoch, documents in one piece.
     assert sorted(stream[:total]) == list(range(total))
-    assert len(set(stream[total:])) == len(stream) - total
+    assert sorted(stream[total : 2 * total]) == list(range(total))
     assert (stream[:total] == list(range(total))) == (shuffle != "epoch")
 
 
@@ -152,3 +166,24 @@ def test_table_grows_as_far_as_asked():
     assert table.first == [0, 3, 3, 5, 8]
     with pytest.raises(LookupError):
         BlockTable(lambda block: 0, blocks_per_cycle=3).find(0)
+
+
+@pytest.mark.parametrize("kind", [CutRows, WholeRows])
+def test_only_blocks_that_are_read_are_asked_from_disk(kind, monkeypatch):
+    asked = []
+    monkeypatch.setattr(InMemory, "will_need", lambda self, ranges: asked.append(ranges))
+    rows = open_rows(kind, [10] * 35_000, 100)
+    rows.table.grow(5)
+    rows.rows_per_epoch()
+    assert asked == []
+    first, second = rows.row(0), rows.row(1)
+    assert len(asked) == 1
+    covered = {document for begin, end in asked[0] for document in range(begin, end)}
+    assert {piece.document for piece in first + second} < covered
+    assert len(covered) == rows.order.documents(0)
+
+
+def test_huge_blocks_are_read_document_by_document(monkeypatch):
+    monkeypatch.setattr("modelyard.data.rows._ADVISED_TOKENS", 99)
+    monkeypatch.setattr(InMemory, "will_need", lambda self, ranges: pytest.fail("asked for too much"))
+    assert sum(end - begin for _, begin, end in open_rows(CutRows, [10] * 10, 20).row(0)) == 21

@@ -99,13 +99,17 @@ def test_no_tokens():
 def test_sentencepiece_normalizer_with_prepended_space(tmp_path):
     """Llama 2's way: "▁" in front, spaces to "▁"; its offsets still speak of the original text."""
     vocab = {piece: i for i, piece in enumerate(["<unk>", "▁", "h", "i", "y", "o", "▁h", "▁hi", "▁y", "▁yo"])}
-    backend = Backend(models.BPE(vocab, [("▁", "h"), ("▁h", "i"), ("▁", "y"), ("▁y", "o")], unk_token="<unk>"))
+    backend = Backend(
+        models.BPE(vocab, [("▁", "h"), ("▁h", "i"), ("▁", "y"), ("▁y", "o")], unk_token="<unk>")
+    )
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Replace("▁", " ")
     tokenizer = Tokenizer(backend, folder=tmp_path, bos=None, eos=None, fingerprint="")
     (encoding,) = tokenizer.encode_batch(["hi yo hi"], offsets=True)
     assert encoding.tokens == ["▁hi", "▁yo", "▁hi"]
-    mask = {spot: token_mask(character_mask([[spot, spot]], 8), encoding.offsets).tolist() for spot in range(8)}
+    mask = {
+        spot: token_mask(character_mask([[spot, spot]], 8), encoding.offsets).tolist() for spot in range(8)
+    }
     assert mask[0] == mask[1] == [1, 0, 0]
     assert mask[2] == mask[3] == mask[4] == [0, 1, 0]  # the space goes with the word after it
     assert mask[5] == mask[6] == mask[7] == [0, 0, 1]
@@ -114,8 +118,10 @@ def test_sentencepiece_normalizer_with_prepended_space(tmp_path):
 BYTE_OF = {
     character: byte
     for byte, character in (
-        lambda visible: {b: chr(b) for b in visible}
-        | {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in visible)}
+        lambda visible: (
+            {b: chr(b) for b in visible}
+            | {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in visible)}
+        )
     )([*range(33, 127), *range(161, 173), *range(174, 256)]).items()
 }
 """The byte-level alphabet of GPT-2, from its published rule."""
@@ -133,7 +139,10 @@ def test_against_a_byte_by_byte_reference(shared_data, name):
     checked = 0
     for text in texts:
         (encoding,) = tokenizer.encode_batch([text], offsets=True)
-        spelled = [token.encode() if token in added else bytes(BYTE_OF[c] for c in token) for token in encoding.tokens]
+        spelled = [
+            token.encode() if token in added else bytes(BYTE_OF[c] for c in token)
+            for token in encoding.tokens
+        ]
         if b"".join(spelled) != text.encode():
             continue  # NFC changed it; see the accent case above
         character_of_byte = [i for i, character in enumerate(text) for _ in character.encode()]
@@ -154,6 +163,6 @@ def test_normalised_accents(shared_data):
     tokenizer = load_tokenizer(shared_data / "tokenizers" / "qwen2.5")
     text = "cafe\u0301 noir"  # NFC makes one character of two
     (encoding,) = tokenizer.encode_batch([text], offsets=True)
-    assert encoding.tokens == ["caf", "Ã©", "Ġno", "ir"]
-    for spot, expected in {2: [1, 0, 0, 0], 3: [0, 1, 0, 0], 4: [0, 1, 0, 0], 5: [0, 0, 1, 0]}.items():
+    assert encoding.tokens == ["ca", "fÃ©", "Ġnoir"]
+    for spot, expected in {1: [1, 0, 0], 2: [0, 1, 0], 3: [0, 1, 0], 4: [0, 1, 0], 5: [0, 0, 1]}.items():
         assert token_mask(character_mask([[spot, spot]], len(text)), encoding.offsets).tolist() == expected

@@ -185,8 +185,9 @@ def test_damaged_manifests_are_one_line(tmp_path):
 
 def test_missing_and_unfinished_stores(tmp_path):
     (tmp_path / "store.tmp").mkdir()
-    with pytest.raises(UserError, match="unfinished"):
-        TokenStore(tmp_path / "store")
+    for path in (tmp_path / "store", tmp_path / "store" / "training"):
+        with pytest.raises(UserError, match=r"store\.tmp is an unfinished one"):
+            TokenStore(path)
     with pytest.raises(UserError, match=r"no manifest\.json"):
         TokenStore(tmp_path)
 

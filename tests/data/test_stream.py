@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from modelyard.config.batch import BatchConfig
 from modelyard.config.data import DatasetConfig, SamplingConfig
 from modelyard.data.batch import Batch
+from modelyard.data.store import TokenStore
 from modelyard.data.stream import DataStream, prefetched
 from modelyard.errors import UserError
 from tests.data.in_memory import write_store
@@ -26,7 +27,12 @@ CONFIG: TypeAdapter[DatasetConfig] = TypeAdapter(DatasetConfig)
 
 
 def open_stream(
-    config: dict[str, Any], *, vocab_size: int = 1000, sampling: dict[str, Any] | None = None, total_rows=None, **batch
+    config: dict[str, Any],
+    *,
+    vocab_size: int = 1000,
+    sampling: dict[str, Any] | None = None,
+    total_rows=None,
+    **batch,
 ) -> DataStream:
     return DataStream(
         CONFIG.validate_python(config),
@@ -94,7 +100,9 @@ def test_another_process_reads_the_same(store):
         "print(s.fingerprint, s.batch(7).input_ids.tolist())"
     )
     root = Path(__file__).parents[2]
-    run = subprocess.run([sys.executable, "-c", code, str(store)], capture_output=True, text=True, check=True, cwd=root)
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(store)], capture_output=True, text=True, check=True, cwd=root
+    )
     stream = open_stream({"type": "memmap", "path": str(store)}, truncate_documents=False)
     assert run.stdout.strip() == f"{stream.fingerprint} {stream.batch(7).input_ids.tolist()}"
 
@@ -114,8 +122,6 @@ def test_seed_and_shuffle_change_the_order(store):
     assert not torch.equal(ids["default"], ids["seed"])
     assert not torch.equal(ids["default"], ids["disabled"])
     # As stored: the first 17 tokens of the store are the first row and its last target.
-    from modelyard.data.store import TokenStore
-
     assert ids["disabled"].flatten().tolist() == TokenStore(store).tokens(0, 64).tolist()
 
 
@@ -157,7 +163,9 @@ def test_nested_blends_and_sampled(others, store):
 
 def test_the_same_data_twice_in_a_blend_has_two_orders(store):
     plain = {"type": "memmap", "path": str(store)}
-    rows = open_stream({"type": "blended", "datasets": [plain, plain], "weights": [1, 1]}).rows(0, 20).input_ids
+    rows = (
+        open_stream({"type": "blended", "datasets": [plain, plain], "weights": [1, 1]}).rows(0, 20).input_ids
+    )
     assert not torch.equal(rows[0::2], rows[1::2])
 
 
@@ -196,7 +204,9 @@ def test_problems_of_a_whole_tree_come_together(store, others, tmp_path):
 
 def test_vocabulary_too_small(store):
     stream = open_stream({"type": "memmap", "path": str(store)}, vocab_size=300)
-    with pytest.raises(UserError, match=rf"token \d+ in document \d+ of {store} is outside the model's vocabulary"):
+    with pytest.raises(
+        UserError, match=rf"token \d+ in document \d+ of {store} is outside the model's vocabulary"
+    ):
         stream.batch(0)
 
 
@@ -220,8 +230,6 @@ def test_statistics_and_description(store):
 
 
 def _documents(store: Path) -> list[np.ndarray]:
-    from modelyard.data.store import TokenStore
-
     opened = TokenStore(store)
     return [opened.document(index) for index in range(len(opened))]
 
@@ -287,8 +295,50 @@ def test_prefetch_stops_when_closed():
     slow = Slow()
     batches = prefetched(slow, 10, 1000, depth=1)  # type: ignore[arg-type]
     assert next(batches)[0] == 10
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     made = len(slow.made)
     assert made <= 4
     time.sleep(0.1)
     assert len(slow.made) == made
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_masks_and_boundaries_over_every_cut_of_two_epochs(store, isolate):
+    # As stored, so that the whole stream can be written down: token, mask and document of every position.
+    stored = TokenStore(store)
+    tokens = np.tile(stored.tokens(0, stored.num_tokens).astype(np.int64), 3)
+    masked = np.tile(np.concatenate([stored.lane("loss_mask", n) for n in range(len(stored))]), 3)
+    document = np.tile(np.repeat(np.arange(len(stored)), stored.lengths(0, len(stored))), 3)
+    stream = open_stream(
+        {"type": "memmap", "path": str(store)},
+        sampling={"shuffle": "disabled"},
+        cross_document_attention=not isolate,
+        use_loss_masking_spans=True,
+    )
+    count = 2 * stored.num_tokens // 16
+    batch = stream.rows(0, count)
+    length = count * 16
+    assert batch.input_ids.flatten().tolist() == tokens[:length].tolist()
+    expected = np.where(masked[1 : length + 1] == 1, -100, tokens[1 : length + 1])
+    if isolate:
+        expected = np.where(document[1 : length + 1] != document[:length], -100, expected)
+    assert batch.labels.flatten().tolist() == expected.tolist()
+
+
+def test_packed_epoch_trains_each_token_once(store):
+    stream = open_stream(
+        {"type": "memmap", "path": str(store)},
+        truncate_documents=False,
+        cross_document_attention=False,
+        use_loss_masking_spans=True,
+    )
+    stored = TokenStore(store)
+    rows = stream.rows(0, int(stream.statistics()["datasets"][0]["rows_per_epoch"]))
+    # Every unmasked token but the first of each document that fits in a row is a target, once.
+    expected = np.zeros(1000, dtype=np.int64)
+    for index in range(len(stored)):
+        tokens, mask = stored.document(index), stored.lane("loss_mask", index)
+        if len(tokens) <= 17:
+            expected += np.bincount(tokens[1:][mask[1:] == 0], minlength=1000)
+    targets = rows.labels[rows.labels != -100].numpy()
+    assert np.array_equal(np.bincount(targets, minlength=1000), expected)

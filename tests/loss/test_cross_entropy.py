@@ -17,7 +17,9 @@ VOCABULARY, HIDDEN, TOKENS = 11, 6, 9
 def inputs(dtype: torch.dtype = torch.float64, *, ignored: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOKENS, HIDDEN, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = (
+        torch.randn(VOCABULARY, HIDDEN, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    )
     labels = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
     labels[torch.randperm(TOKENS, generator=generator)[:ignored]] = -100
     return hidden, weight, labels
@@ -36,7 +38,7 @@ def test_by_hand() -> None:
     # logits (log 3, 0) and (0, log 4): probabilities 3/4 and 1/5 of the labels
     expected = math.log(4 / 3) + math.log(5)
     for implementation in ("fused", "torch", "auto"):
-        loss = linear_cross_entropy(hidden, weight, labels, implementation=implementation)  # type: ignore[arg-type]
+        loss = linear_cross_entropy(hidden, weight, labels, implementation=implementation)
         assert loss.item() == pytest.approx(expected, rel=1e-6)
     losses = token_losses(hidden, weight, labels)
     assert losses.tolist() == pytest.approx([math.log(4 / 3), math.log(5), 0.0], rel=1e-6)
@@ -59,7 +61,9 @@ def central_differences(function: Callable[[], Tensor], tensor: Tensor, step: fl
 
 
 @pytest.mark.usefixtures("chunks")
-@pytest.mark.parametrize("options", [{}, {"z_loss": 0.3}, {"logits_scale": 0.7}, {"z_loss": 0.1, "logits_scale": 2.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"z_loss": 0.3}, {"logits_scale": 0.7}, {"z_loss": 0.1, "logits_scale": 2.0}]
+)
 def test_fused_gradients_are_the_derivatives(options: dict[str, float]) -> None:
     hidden, weight, labels = inputs()
 
@@ -79,7 +83,7 @@ def test_fused_equals_its_twin_and_torch(dtype: torch.dtype, ignored: int) -> No
     hidden, weight, labels = inputs(dtype, ignored=ignored)
     results = {}
     for implementation in ("fused", "torch"):
-        loss = linear_cross_entropy(hidden, weight, labels, implementation=implementation)  # type: ignore[arg-type]
+        loss = linear_cross_entropy(hidden, weight, labels, implementation=implementation)
         assert loss.dtype == torch.promote_types(dtype, torch.float32)
         # a factor beside the sum: the backward must scale by whatever arrives
         results[implementation] = (loss, *torch.autograd.grad(loss * 0.3, (hidden, weight)))
@@ -146,4 +150,4 @@ def test_large_logits_do_not_overflow() -> None:
 
 def test_unknown_implementation() -> None:
     with pytest.raises(ValueError, match="'triton'"):
-        linear_cross_entropy(*inputs(), implementation="triton")  # type: ignore[arg-type]
+        linear_cross_entropy(*inputs(), implementation="triton")

@@ -45,7 +45,11 @@ FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
     "llama-biases": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None, "head_dim": 16}),
     "mistral-window": (MistralConfig, MistralForCausalLM, {"sliding_window": 7}),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen2": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
     "smollm2-tied": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True, "num_attention_heads": 2}),
 }
 
@@ -83,3 +87,11 @@ def named_weights(reference: PreTrainedModel) -> dict[str, torch.Tensor]:
 def whole_rows(rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """positions [rows, length] and cu_seqlens [rows, 2] of rows that are one document each."""
     return torch.arange(length).expand(rows, -1), torch.tensor([[0, length]] * rows, dtype=torch.int32)
+
+
+def in_dtype(reference: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The reference as `from_pretrained(dtype=...)` has it: its rotary frequencies stay fp32."""
+    for parameter in reference.parameters():
+        parameter.data = parameter.data.to(dtype)
+    reference.config.dtype = dtype
+    return reference

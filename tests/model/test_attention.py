@@ -11,12 +11,15 @@ Lengths = list[tuple[int, int]]
 def make(lengths: Lengths, *, heads: int = 4, groups: int = 2, dtype: torch.dtype = torch.float64):
     generator = torch.Generator().manual_seed(sum(q * 7 + k for q, k in lengths))
     cu_q, cu_k = (
-        torch.tensor([0, *(sum(x[i] for x in lengths[: n + 1]) for n in range(len(lengths)))], dtype=torch.int32)
+        torch.tensor(
+            [0, *(sum(x[i] for x in lengths[: n + 1]) for n in range(len(lengths)))], dtype=torch.int32
+        )
         for i in (0, 1)
     )
     q = torch.randn(int(cu_q[-1]), heads, 8, dtype=dtype, generator=generator, requires_grad=True)
     k, v = (
-        torch.randn(int(cu_k[-1]), groups, 8, dtype=dtype, generator=generator, requires_grad=True) for _ in "kv"
+        torch.randn(int(cu_k[-1]), groups, 8, dtype=dtype, generator=generator, requires_grad=True)
+        for _ in "kv"
     )
     return (q, k, v), (cu_q, cu_k, max(x[0] for x in lengths), max(x[1] for x in lengths))
 

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from modelyard.config.architecture import Architecture
 from modelyard.errors import UserError
 from modelyard.model.cache import KeyValueCache
 from modelyard.model.decoder import Decoder
+from modelyard.model.formats import load_decoder, open_huggingface
 from modelyard.model.init import InitStd, initialize
 from tests.model.families import FAMILIES, named_weights, ours, reference_model, whole_rows
 
@@ -50,6 +55,29 @@ def test_logits_and_gradients_equal_transformers(family: str) -> None:
     weights = named_weights(reference)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, weights[name].grad, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_real_weights(shared_data: Path) -> None:
+    folder = shared_data / "weights" / "stories260K"
+    published = json.loads((folder / "reference.json").read_text())
+    opened = open_huggingface(folder / "hf")
+    model = load_decoder(opened.weights, opened.architecture, where=folder)
+    ids = torch.tensor([published["probe_ids"]])
+    logits = model.logits(model(ids, *whole_rows(1, ids.shape[1])))
+    torch.testing.assert_close(
+        logits[0, -1, :16], torch.tensor(published["probe_logits_last_first16"]), atol=1e-4, rtol=0
+    )
+    assert logits[0, -1].argmax().item() == published["probe_logits_last_argmax"]
+    ids = torch.tensor([published["greedy_ids"]])
+    reference = LlamaForCausalLM.from_pretrained(folder / "hf")
+    logits, expected = model.logits(model(ids, *whole_rows(1, ids.shape[1]))), reference(ids).logits
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    for output in (logits, expected):
+        F.cross_entropy(output[0, :-1], ids[0, 1:]).backward()
+    for name, weight in named_weights(reference).items():
+        torch.testing.assert_close(
+            model.get_parameter(name).grad, weight.grad, atol=1e-4, rtol=1e-4, msg=name
+        )
 
 
 def test_parameters_have_the_logical_names_and_shapes() -> None:
@@ -133,7 +161,12 @@ def test_decoding_with_a_cache_equals_the_whole_forward() -> None:
     cache = KeyValueCache(SMALL)
     parts = []
     with torch.no_grad():
-        for begin, end in [(0, 20), (20, 27), (27, 28), (28, 300)]:  # prefill, a chunk, one token, past the room
+        for begin, end in [
+            (0, 20),
+            (20, 27),
+            (27, 28),
+            (28, 300),
+        ]:  # prefill, a chunk, one token, past the room
             part = torch.tensor([[0, end - begin]], dtype=torch.int32)
             parts.append(model(ids[:, begin:end], positions[:, begin:end], part, cache))
     assert cache.length == 300

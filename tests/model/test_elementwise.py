@@ -49,7 +49,9 @@ def test_fast_equals_plain(name: str, dtype: torch.dtype) -> None:
     differentiable = [t for t in inputs if t.requires_grad]
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     gradients = torch.autograd.grad(out, differentiable, weights)
-    for ours, reference in zip(gradients, torch.autograd.grad(expected, differentiable, weights), strict=True):
+    for ours, reference in zip(
+        gradients, torch.autograd.grad(expected, differentiable, weights), strict=True
+    ):
         assert ours.dtype == dtype
         tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(ours, reference, atol=tolerance, rtol=tolerance)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -27,7 +28,7 @@ class WeightSource(Protocol):
     def load(self, name: str) -> Tensor: ...
 
 
-def fit_problems(source: WeightSource, architecture: Architecture, where: str) -> list[str]:
+def fit_problems(source: WeightSource, architecture: Architecture, where: Path | str) -> list[str]:
     """How the weights differ from what the architecture wants: names missing, without a place, of another shape."""
     wanted = architecture.parameter_shapes()
     available = set(source.names())
@@ -53,7 +54,7 @@ def _list(names: list[str]) -> str:
     return ", ".join(f"'{name}'" for name in names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def load_weights(model: Decoder, source: WeightSource, where: str) -> None:
+def load_weights(model: Decoder, source: WeightSource, where: Path | str) -> None:
     """Copy every parameter into the model, cast to its dtype. Raises UserError where the weights do not fit."""
     if problems := fit_problems(source, model.architecture, where):
         raise UserError(*problems)
@@ -66,7 +67,7 @@ def load_decoder(
     source: WeightSource,
     architecture: Architecture,
     *,
-    where: str,
+    where: Path | str,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Decoder:

@@ -1,0 +1,144 @@
+"""`modelyard validate`: figures, problems, and that it needs neither torch nor transformers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from modelyard.config.loader import load_config
+from modelyard.config.optimizer import LearningRateConfig
+from modelyard.config.summary import plot, summarise
+from tests.config.helpers import TINY, load_tiny, write
+from tests.config.test_stores import store
+from tests.conftest import ROOT
+
+
+def llama(folder: Path, *overrides: str) -> str:
+    text = TINY[: TINY.index("model:")] + "model: {preset: llama-3.1-8b}\nrun: {experiment_dir: x}\n"
+    shape = ["batch.sequence_length=8192", "batch.batch_size=256", "batch.micro_batch_size=2"]
+    summary, problems, _ = summarise(load_config([write(folder, text)], [*shape, *overrides]))
+    assert problems == []
+    return summary
+
+
+def test_figures_of_llama_3_1_8b(tmp_path: Path) -> None:
+    text = llama(tmp_path, "training.train_iters=100_000", "training.checkpoint.interval=1000",
+                 "training.export={interval: 20_000, format: llama}")  # fmt: skip
+    assert (
+        "parameters     8,030,261,248 (525,336,576 in the embedding, and as many in the output layer)" in text
+    )
+    assert "tokens per iteration  2,097,152 (256 rows of 8,192, 128 micro-batches of 2)" in text
+    assert "total tokens          209,715,200,000 (100,000 iterations)" in text
+    # 45.03 G in the matrix products, 6.44 G or 12.88 G in attention at 8,192.
+    assert "51.47 G with causal attention" in text
+    assert "57.91 G with the full square" in text
+    assert "checkpoint      89.7 GiB (weights + 2 Adam moments); 100 written, at most 6 at a time" in text
+    assert "export          15.0 GiB (bfloat16); 5 written, at most 5 at a time" in text
+    assert "up to 613.3 GiB" in text
+
+
+def test_epochs_over_the_data(tmp_path: Path) -> None:
+    a, b = store(tmp_path / "a", 10, 12_800), store(tmp_path / "b", 30, 6400)
+    blend = f"{{type: blended, weights: [1, 1], datasets: [{{type: memmap, path: {a['path']}}}, {{type: memmap, path: {b['path']}}}]}}"
+    text, problems, warnings = summarise(load_tiny(tmp_path, f"data.datasets.training={blend}"))
+    assert (problems, warnings) == ([], [])
+    # 100 iterations of 256 tokens, half from each.
+    assert f"training  12,800 tokens in 10 documents, 50.0% of the rows: 1.00 epochs ({a['path']})" in text
+    assert f"training  6,400 tokens in 30 documents, 50.0% of the rows: 2.00 epochs ({b['path']})" in text
+
+
+def test_data_of_another_vocabulary_is_a_problem(tmp_path: Path) -> None:
+    a = store(tmp_path / "a", 10, 1000, vocab_size=513)
+    loaded = load_tiny(tmp_path, f"data.datasets.training={{type: memmap, path: {a['path']}}}")
+    _, problems, _ = summarise(loaded)
+    assert problems == [
+        f"data.datasets.training: {a['path']} holds tokens up to 513, but the model has vocab_size 512; prepare it with "
+        "the model's tokenizer, or raise model.base_model.vocab_size"
+    ]
+
+
+def test_problems_and_warnings_come_with_the_whole_summary(tmp_path: Path) -> None:
+    loaded = load_config(
+        [write(tmp_path, TINY)],
+        ["training.export={interval: 5, format: qwen2}", "data.datasets.training={type: memmap, path: gone}"],
+        keep_problems=True,
+    )
+    text, problems, warnings = summarise(loaded)
+    assert len(problems) == 1
+    assert len(warnings) == 1
+    assert [line for line in text.splitlines() if line and not line.startswith(" ")] == [
+        "configuration", "model", "batch", "data", "compute", "disk", "learning rate",
+    ]  # fmt: skip
+    assert "training  not there yet" in text
+    assert "export format  qwen2: cannot hold this architecture" in text
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    text, problems, warnings = summarise(load_tiny(tmp_path, "pretrained.path=gone/model"))
+    assert problems == []
+    assert len(warnings) == 1
+    assert "parameters  unknown until gone/model is there" in text
+
+
+def test_schedules_that_are_probably_not_meant(tmp_path: Path) -> None:
+    def warnings(*overrides: str) -> list[str]:
+        return summarise(load_tiny(tmp_path, *(f"optimizer.learning_rate.{text}" for text in overrides)))[2]
+
+    assert warnings("warmup_iterations=200") == ["the warm-up (200 iterations) is as long as the run (100)"]
+    assert warnings("decay_style=cosine", "decay_iterations=200") == [
+        "the run ends at 100, before the learning rate reaches its minimum at 200 (optimizer.learning_rate.decay_iterations)"
+    ]
+    assert warnings("decay_style=cosine", "decay_iterations=100") == []
+
+
+def test_keys_without_effect_are_listed(tmp_path: Path) -> None:
+    text, _, _ = summarise(load_tiny(tmp_path, "training.num_workers=4"))
+    assert text.splitlines()[-2:] == [
+        "accepted without effect here",
+        "  training.num_workers  batches are read from memory-mapped stores, without worker processes",
+    ]
+
+
+def test_preparation(tmp_path: Path) -> None:
+    file = write(tmp_path, "output_path: out\ndataset: {path: x}\ntokenizer: {path: y}\n")
+    text, problems, _ = summarise(load_config([file]))
+    assert problems == []
+    assert "output_path: out" in text
+    file = write(tmp_path, "output_path: out\ndataset: {path: org/name}\ntokenizer: {path: ./gone}\n")
+    (warning,) = summarise(load_config([file]))[2]
+    assert warning.startswith("tokenizer.path: gone does not exist")
+
+
+def test_the_learning_rate_drawn() -> None:
+    config = LearningRateConfig(base=1.0, decay_style="linear", warmup_iterations=20, decay_iterations=60)
+    assert plot(config, 60).splitlines() == [
+        "1.00e+00 |                ▁▃▆█▇▆▄▃▂▁",
+        "         |             ▂▄▆███████████▆▅▄▃▂",
+        "         |          ▂▅▇████████████████████▇▆▅▄▂▁",
+        "         |      ▁▃▆███████████████████████████████▇▆▄▃▂▁",
+        "         |   ▂▄▆█████████████████████████████████████████▆▅▄▃▂",
+        "       0 |▂▅▇██████████████████████████████████████████████████▇▆▅▄▂▁",
+        "         +------------------------------------------------------------",
+        "    step  1                                                         60",
+        "first 5.000e-02, last 0.000e+00 (linear)",
+    ]
+    for iterations in (1, 2, 7, 100_000):
+        assert all(len(line) <= 76 for line in plot(config, iterations).splitlines())
+    assert plot(LearningRateConfig(base=0.0), 10)
+
+
+@pytest.mark.parametrize("module", ["summary", "loader", "schema", "huggingface", "presets"])
+def test_no_torch_no_transformers_and_quick(module: str) -> None:
+    code = (
+        "import sys, time; start = time.perf_counter()\n"
+        f"import modelyard.config.{module}\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'datasets', 'tokenizers', 'safetensors'} & set(sys.modules)\n"
+        "print(heavy, time.perf_counter() - start < 5)"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert output == "set() True\n"
