@@ -15,7 +15,16 @@ def write_result(name: str, values: dict[str, Any]) -> Path:
     """Write `benchmarks/results/<name>.json` with the versions and the date beside the values."""
     path = Path(__file__).resolve().parent / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    head = {"date": date.today().isoformat(), "torch": torch.__version__, "python": platform.python_version(), "device": device}
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    head = {
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": device,
+    }
     path.write_text(json.dumps({**head, **values}, indent=1) + "\n", encoding="utf-8")
     return path

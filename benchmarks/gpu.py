@@ -52,7 +52,10 @@ def check_attention(device: torch.device) -> str:
     for window in (None, 48):
         torch.manual_seed(0)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        inputs = [torch.randn(tokens, heads, 64, device=device, dtype=dtype, requires_grad=True) for heads in (8, 2, 2)]
+        inputs = [
+            torch.randn(tokens, heads, 64, device=device, dtype=dtype, requires_grad=True)
+            for heads in (8, 2, 2)
+        ]
         exact = [x.detach().double().requires_grad_() for x in inputs]
         out = attend(*inputs, cu, cu, longest, longest, window=window)
         reference = attend(*exact, cu, cu, longest, longest, window=window, backend="dense")
@@ -156,8 +159,12 @@ def benchmark_step(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cpu", action="store_true", help="rehearse on the CPU at toy sizes; measures nothing")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cpu", action="store_true", help="rehearse on the CPU at toy sizes; measures nothing"
+    )
     options = parser.parse_args()
     if not options.cpu and not torch.cuda.is_available():
         print("error: no CUDA device (--cpu rehearses the script without one)", file=sys.stderr)
@@ -166,7 +173,12 @@ def main() -> int:
 
     failed = 0
     results: dict[str, Any] = {"checks": {}, "benchmarks": {}}
-    checks: list[Callable[[torch.device], str]] = [check_attention, check_cross_entropy, check_bf16_run, check_repeatable]
+    checks: list[Callable[[torch.device], str]] = [
+        check_attention,
+        check_cross_entropy,
+        check_bf16_run,
+        check_repeatable,
+    ]
     for check in checks:
         try:
             outcome = f"ok    {check(device)}"
@@ -177,15 +189,27 @@ def main() -> int:
         print(f"{check.__name__:<22} {outcome}", flush=True)
 
     cases = {
-        "llama-3.2-1b, all 16 layers": (Architecture(128256, 2048, 16, 32, 8, 64, 8192, True, rotary=LLAMA3), 2, 4096),
-        "llama-3.1-8b, 8 of 32 layers": (Architecture(128256, 4096, 8, 32, 8, 128, 14336, rotary=LLAMA3), 2, 4096),
+        "llama-3.2-1b, all 16 layers": (
+            Architecture(128256, 2048, 16, 32, 8, 64, 8192, True, rotary=LLAMA3),
+            2,
+            4096,
+        ),
+        "llama-3.1-8b, 8 of 32 layers": (
+            Architecture(128256, 4096, 8, 32, 8, 128, 14336, rotary=LLAMA3),
+            2,
+            4096,
+        ),
     }
     if options.cpu:
         cases = {"toy": (TINY, 2, 64)}
     for name, (shape, rows, sequence) in cases.items():
         try:
             row = benchmark_step(device, shape, rows, sequence)
-            mfu = f"MFU {row['mfu_causal']:.1%} causal, {row['mfu_full']:.1%} full" if "mfu_causal" in row else "MFU unknown"
+            mfu = (
+                f"MFU {row['mfu_causal']:.1%} causal, {row['mfu_full']:.1%} full"
+                if "mfu_causal" in row
+                else "MFU unknown"
+            )
             print(f"{name:<30} {row['tokens_per_second']:>9,.0f} tokens/s  {mfu}  {row['memory_gib']:.1f} GiB  "
                   f"loss {row['loss']:.2f}  grad norm {row['grad_norm']:.2f}", flush=True)  # fmt: skip
             results["benchmarks"][name] = row

@@ -78,7 +78,9 @@ def theirs(shape: Architecture, batch: Batch, dtype: torch.dtype) -> Callable[[]
             use_cache=False,
         )
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
 
     def step() -> tuple[float, float]:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -106,7 +108,9 @@ def matmul_flops(dtype: torch.dtype, size: int = 2048) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--sequence", type=int, default=512)
@@ -119,7 +123,15 @@ def main() -> None:
     heads = options.hidden // 64
     inner = int(options.hidden * 8 / 3 / 64 + 0.5) * 64
     shape = Architecture(
-        options.vocab, options.hidden, options.layers, heads, max(heads // 4, 1), 64, inner, True, rotary=Rotary()
+        options.vocab,
+        options.hidden,
+        options.layers,
+        heads,
+        max(heads // 4, 1),
+        64,
+        inner,
+        True,
+        rotary=Rotary(),
     )
     batch, dtype = batch_of(options.rows, options.sequence, options.vocab), DTYPES[options.dtype]
     steps = {"modelyard": ours(shape, batch, dtype), "transformers": theirs(shape, batch, dtype)}
@@ -133,7 +145,9 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - begin)
 
     tokens = options.rows * options.sequence
-    flops = tokens * (shape.matmul_flops_per_token() + shape.attention_flops_per_token(options.sequence, causal=True))
+    flops = tokens * (
+        shape.matmul_flops_per_token() + shape.attention_flops_per_token(options.sequence, causal=True)
+    )
     peak = matmul_flops(dtype)
     rows = {}
     print(f"{shape.parameter_count():,} parameters, {options.rows} x {options.sequence} tokens, {options.dtype}, "
@@ -141,7 +155,12 @@ def main() -> None:
     for name, times in seconds.items():
         median = statistics.median(times)
         loss, norm = last[name]
-        rows[name] = {"tokens_per_second": tokens / median, "of_matmul": flops / median / peak, "loss": loss, "grad_norm": norm}
+        rows[name] = {
+            "tokens_per_second": tokens / median,
+            "of_matmul": flops / median / peak,
+            "loss": loss,
+            "grad_norm": norm,
+        }
         print(f"{name:<13} {tokens / median:>9,.0f} tokens/s   {flops / median / peak:>4.0%} of the matrix multiply   "
               f"loss {loss:.3f}   grad norm {norm:.3f}")  # fmt: skip
     ratio = rows["modelyard"]["tokens_per_second"] / rows["transformers"]["tokens_per_second"]

@@ -69,12 +69,16 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("words", nargs="*", metavar="CONFIG|KEY=VALUE", help="YAML files and dotted overrides")
-    parser.add_argument("-c", "--config", action="append", default=[], metavar="CONFIG", help="a YAML file (as in the guides)")
+    parser.add_argument(
+        "words", nargs="*", metavar="CONFIG|KEY=VALUE", help="YAML files and dotted overrides"
+    )
+    parser.add_argument(
+        "-c", "--config", action="append", default=[], metavar="CONFIG", help="a YAML file (as in the guides)"
+    )
 
 
-def _load(options: argparse.Namespace, kind: str | None) -> Loaded:
-    """The config from the words and options of the command line."""
+def _load(options: argparse.Namespace, kind: str | None, *, keep_problems: bool = False) -> Loaded:
+    """The config from the words and options of the command line; raises UserError, or keeps what can be kept."""
     from modelyard.config.loader import load_config
 
     words = list(options.words)
@@ -83,8 +87,10 @@ def _load(options: argparse.Namespace, kind: str | None) -> Loaded:
     overrides = [word for word in words if "=" in word and not Path(word).exists()]
     files = [Path(word) for word in [*options.config, *(word for word in words if word not in overrides)]]
     if not files:
-        raise UserError("no config given: name a YAML file, for instance `modelyard validate examples/train-tiny.yaml`")
-    return load_config(files, overrides, kind=kind)
+        raise UserError(
+            "no config given: name a YAML file, for instance `modelyard validate examples/train-tiny.yaml`"
+        )
+    return load_config(files, overrides, kind=kind, keep_problems=keep_problems)
 
 
 # train
@@ -92,8 +98,12 @@ def _load(options: argparse.Namespace, kind: str | None) -> Loaded:
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
-    parser.add_argument("-v", "--validate", action="store_true", help="only check the config, as `modelyard validate` does")
-    parser.add_argument("--force", action="store_true", help="go on although the config changed what was trained so far")
+    parser.add_argument(
+        "-v", "--validate", action="store_true", help="only check the config, as `modelyard validate` does"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="go on although the config changed what was trained so far"
+    )
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -111,7 +121,7 @@ def _train(options: argparse.Namespace) -> int:
 def _validate(options: argparse.Namespace) -> int:
     from modelyard.config.summary import summarise
 
-    loaded = _load(options, None)
+    loaded = _load(options, None, keep_problems=True)
     for notice in loaded.notices:
         print(f"note: {notice}")
     text, problems, warnings = summarise(loaded)
@@ -120,12 +130,16 @@ def _validate(options: argparse.Namespace) -> int:
         print(f"warning: {warning}")
     if problems:
         raise UserError(*problems)
-    print("valid" if not warnings else f"valid, with {len(warnings)} warning{'s' if len(warnings) > 1 else ''}")
+    print(
+        "valid" if not warnings else f"valid, with {len(warnings)} warning{'s' if len(warnings) > 1 else ''}"
+    )
     return 0
 
 
 def _schema_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kind", choices=("train", "prepare"), default="train", help="which config (default: train)")
+    parser.add_argument(
+        "--kind", choices=("train", "prepare"), default="train", help="which config (default: train)"
+    )
 
 
 def _schema(options: argparse.Namespace) -> int:
@@ -156,8 +170,12 @@ def _prepare(options: argparse.Namespace) -> int:
 
 def _tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
-    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, special ones included")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write (default: the config's tokenizer.path)")
+    parser.add_argument(
+        "--vocab-size", type=int, required=True, metavar="N", help="tokens, special ones included"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder to write (default: the config's tokenizer.path)"
+    )
 
 
 def _tokenizer_train(options: argparse.Namespace) -> int:
@@ -172,7 +190,9 @@ def _tokenizer_train(options: argparse.Namespace) -> int:
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="which (default: the newest of run.experiment_dir)")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="which (default: the newest of run.experiment_dir)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON line an evaluator")
 
 
@@ -184,15 +204,38 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face folder, checkpoint, or experiment folder")
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
-    parser.add_argument("--prompt-file", action="append", type=Path, default=[], metavar="FILE", help="a whole file as a prompt")
+    parser.add_argument(
+        "model", type=Path, metavar="MODEL", help="Hugging Face folder, checkpoint, or experiment folder"
+    )
+    parser.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="may be given several times"
+    )
+    parser.add_argument(
+        "--prompt-file",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="a whole file as a prompt",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 always takes the likeliest (default: 1)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: all)")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the smallest set that holds P (default: all)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="0 always takes the likeliest (default: 1)",
+    )
+    parser.add_argument(
+        "--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: all)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the smallest set that holds P (default: all)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), help="default: the weights' own")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16", "float64"), help="default: the weights' own"
+    )
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: the one beside the model")
     parser.add_argument("--json", action="store_true", help="one line a prompt: prompt, text, token_ids")
 
@@ -204,11 +247,21 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="checkpoint, experiment folder or Hugging Face folder")
-    parser.add_argument("destination", type=Path, metavar="DESTINATION", help="folder to write; must not exist")
-    parser.add_argument("--format", choices=("llama", "qwen2", "mistral"), help="family (default: as the source)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16; Hugging Face: its own")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer to put beside (default: the source's)")
+    parser.add_argument(
+        "source", type=Path, metavar="SOURCE", help="checkpoint, experiment folder or Hugging Face folder"
+    )
+    parser.add_argument(
+        "destination", type=Path, metavar="DESTINATION", help="folder to write; must not exist"
+    )
+    parser.add_argument(
+        "--format", choices=("llama", "qwen2", "mistral"), help="family (default: as the source)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16; Hugging Face: its own"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="tokenizer to put beside (default: the source's)"
+    )
 
 
 def _convert(options: argparse.Namespace) -> int:

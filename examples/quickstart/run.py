@@ -86,10 +86,17 @@ def main() -> int:
 
     step("5. evaluation of the newest checkpoint")
     modelyard("evaluate", HERE / "train.yaml")
-    loss, scale = last_validation_loss(OUT / "run" / "metrics.jsonl"), bytes_per_token(OUT / "data" / "validation")
+    loss, scale = (
+        last_validation_loss(OUT / "run" / "metrics.jsonl"),
+        bytes_per_token(OUT / "data" / "validation"),
+    )
     baseline = unigram_loss(OUT / "data" / "training", OUT / "data" / "validation", 2048)
-    print(f"validation: {loss / scale:.3f} nats a byte ({loss / scale / math.log(2):.3f} bits), {scale:.2f} bytes a token")
-    print(f"a unigram model of the same tokens: {baseline / scale:.3f} nats a byte; the model needs {loss / baseline:.0%}")
+    print(
+        f"validation: {loss / scale:.3f} nats a byte ({loss / scale / math.log(2):.3f} bits), {scale:.2f} bytes a token"
+    )
+    print(
+        f"a unigram model of the same tokens: {baseline / scale:.3f} nats a byte; the model needs {loss / baseline:.0%}"
+    )
     if loss > 0.75 * baseline:
         raise SystemExit("the model is hardly better than token frequencies: something is wrong")
 

@@ -25,8 +25,11 @@ def export_bytes(config: TrainConfig, architecture: Architecture) -> int:
 def saves(config: TrainConfig, section: CheckpointConfig | ExportConfig) -> tuple[int, int]:
     """(how many are written in the whole run, how many there are at most at a time)."""
     last = config.training.train_iters
-    if section.interval is None or last == 0:
+    if last == 0:
         return 0, 0
+    if section.interval is None:
+        at_the_end = int(isinstance(section, CheckpointConfig))
+        return at_the_end, at_the_end
     first = section.offset % section.interval or section.interval
     on_interval = (last - first) // section.interval + 1 if last >= first else 0
     final = not section.due(last)

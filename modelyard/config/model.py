@@ -52,7 +52,7 @@ class RotaryConfig(Section):
 class TransformerConfig(Section):
     """The decoder's blocks."""
 
-    num_layers: int = Field(default=12, gt=0)
+    num_layers: int = Field(default=12, gt=0, le=10_000)
     """Number of blocks."""
     hidden_size: int = Field(default=1024, gt=0)
     """Width of the hidden states."""

@@ -103,6 +103,9 @@ class PrepareDatasetConfig(Section):
     extensions: list[str] | None = None
     """For a folder of source files, each file one document: the name endings to take (`.py`). Default none: the
     folder holds data files (.jsonl, .parquet, .arrow, .txt)."""
+    exclude: list[str] = Field(default_factory=list)
+    """For a folder: names of files and sub-folders to leave out, or paths relative to it; both may be glob patterns.
+    Default none."""
     min_file_bytes: int = Field(default=1, ge=0)
     """With `extensions`: shorter files are left out, in bytes. Default 1."""
     max_file_bytes: int = Field(default=1_000_000, ge=1)

@@ -119,8 +119,8 @@ def _unknown_key(path: KeyPath, document: Document, schema: type[Section]) -> st
         return f"unknown key '{key}'{inside}{did_you_mean(key, known)}"
     if elsewhere := [place for place in all_keys(schema) if place.rpartition(".")[2] == key][:2]:
         return f"unknown key '{key}'{inside}; it belongs to {' or '.join(elsewhere)}"
-    hint = did_you_mean(key, known)
-    return f"unknown key '{key}'{inside}{hint or '; known keys: ' + ', '.join(known)}"
+    fields = [name for name in known if name not in neighbour_keys(section)] or known
+    return f"unknown key '{key}'{inside}{did_you_mean(key, known) or '; known keys: ' + ', '.join(fields)}"
 
 
 def _description(path: KeyPath, document: Document, schema: type[Section]) -> str:

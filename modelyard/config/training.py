@@ -78,6 +78,8 @@ class EvaluatorConfig(IntervalConfig):
 class CheckpointConfig(IntervalConfig):
     """What a stopped run goes on from: weights, optimizer state, position in the data. Saved once more at the end."""
 
+    interval: int | None = Field(default=None, gt=0)
+    """Every how many iterations; null: only at the end."""
     keep: int | None = Field(default=5, gt=0)
     """How many of the newest checkpoints on the interval stay, in checkpoints; null: all."""
     keep_every: int | None = Field(default=None, gt=0)

@@ -104,8 +104,9 @@ def kind_of(path: Path) -> tuple[Kind, Compression] | None:
 def _single_file(path: Path, config: PrepareDatasetConfig) -> SourceFile:
     if config.extensions is not None:
         raise UserError(f"dataset.extensions is for a folder of source files; {path} is one file")
-    if config.data_files is not None:
-        raise UserError(f"dataset.data_files chooses files of a folder; {path} is one file")
+    if config.data_files is not None or config.exclude:
+        key = "exclude" if config.exclude else "data_files"
+        raise UserError(f"dataset.{key} chooses files of a folder; {path} is one file")
     if config.split != "train":
         raise UserError(
             f"dataset.split '{config.split}': {path} is one file, without splits; leave `split` out"
@@ -123,14 +124,20 @@ def _typed(path: Path, name: str) -> SourceFile:
     return describe(path, name, *found)
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """Files under `root` in the order of their relative paths; hidden ones and linked folders are left out."""
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            path = Path(folder, name)
-            if not name.startswith(".") and path.is_file():
-                yield path
+def _walk(root: Path, exclude: Sequence[str]) -> Iterator[tuple[Path, str]]:
+    """Files under `root` and their relative paths; hidden ones, linked folders and those to exclude are left out."""
+
+    def wanted(path: Path) -> bool:
+        if path.name.startswith("."):
+            return False
+        names = (path.name, path.relative_to(root).as_posix())
+        return not any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in exclude)
+
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if wanted(Path(folder, name)))
+        for path in (Path(folder, name) for name in sorted(files)):
+            if wanted(path) and path.is_file():
+                yield path, path.relative_to(root).as_posix()
 
 
 def _source_files(root: Path, config: PrepareDatasetConfig) -> list[SourceFile]:
@@ -138,8 +145,7 @@ def _source_files(root: Path, config: PrepareDatasetConfig) -> list[SourceFile]:
     licenses = FolderLicenses(root)
     patterns = _patterns(config.data_files)
     files, outside = [], 0
-    for path in _walk(root):
-        name = path.relative_to(root).as_posix()
+    for path, name in _walk(root, config.exclude):
         if not path.name.endswith(tuple(config.extensions)) or not _matches(name, patterns):
             continue
         if config.min_file_bytes <= path.stat().st_size <= config.max_file_bytes:
@@ -184,7 +190,7 @@ def _saved_dataset(root: Path, config: PrepareDatasetConfig) -> list[SourceFile]
 
 def _data_files(root: Path, config: PrepareDatasetConfig, notices: list[str]) -> list[SourceFile]:
     patterns = _patterns(config.data_files)
-    named = [(path, path.relative_to(root).as_posix()) for path in _walk(root)]
+    named = list(_walk(root, config.exclude))
     if patterns is not None:
         if config.split != "train":
             raise UserError(

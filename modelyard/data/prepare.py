@@ -23,12 +23,12 @@ import yaml
 
 from modelyard.config.prepare import PrepareConfig
 from modelyard.data.columns import ColumnWriter, column_writer
+from modelyard.data.documents import Job, Tokenized, tokenize_chunk
 from modelyard.data.output import RECORD, existing_record, output_folder
 from modelyard.data.progress import Progress, duration
 from modelyard.data.sources import Source, open_source
 from modelyard.data.splits import deal
 from modelyard.data.store import TOKEN_TYPES, StoreWriter, token_type, write_synced
-from modelyard.data.tokenize import Job, Tokenized, tokenize_chunk
 from modelyard.data.tokenizer import (
     DocumentFrame,
     SpecialToken,

@@ -60,14 +60,15 @@ class Progress:
         self.documents += documents
         self.tokens += tokens
         now = time.monotonic()
+        speed = self.tokens / max(now - self.started, 1e-9)
         if self._bar is not None:
-            speed = short(self.tokens / max(now - self.started, 1e-9))
-            counts = f"{short(self.documents)} documents | {short(self.tokens)} tokens | {speed} tokens/s"
+            counts = (
+                f"{short(self.documents)} documents | {short(self.tokens)} tokens | {short(speed)} tokens/s"
+            )
             self._bar.update(self._task, completed=self.done, counts=counts)
         elif now - self._last_line >= LINE_SECONDS:
             self._last_line = now
             left = (now - self.started) * (self.total - self.done) / max(self.done, 1)
-            speed = self.tokens / max(now - self.started, 1e-9)
             self.report(
                 f"prepare {self.done / self.total:4.0%} | {self.documents:,} documents | {self.tokens:,} tokens | "
                 f"{speed:,.0f} tokens/s | ETA {duration(left)}"

@@ -277,10 +277,9 @@ class HubSource:
 
 
 def _load_hub_dataset(config: PrepareDatasetConfig) -> Any:
-    if config.extensions is not None:
-        raise UserError(
-            f"dataset.extensions is for a local folder of source files; {config.path} is not here"
-        )
+    if config.extensions is not None or config.exclude:
+        key = "exclude" if config.exclude else "extensions"
+        raise UserError(f"dataset.{key} is for a local folder; {config.path} is not here")
     import datasets
 
     try:

@@ -19,7 +19,9 @@ def generate_command(options: argparse.Namespace) -> int:
     """Continue every prompt; the text is shown as it comes, or as one JSON line a prompt. Returns the exit status."""
     prompts = [*options.prompt, *(_read_prompt(path) for path in options.prompt_file)]
     if not prompts:
-        raise UserError("no prompt: give --prompt TEXT or --prompt-file FILE (an empty text starts from nothing)")
+        raise UserError(
+            "no prompt: give --prompt TEXT or --prompt-file FILE (an empty text starts from nothing)"
+        )
     sampling = SamplingOptions(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
@@ -44,7 +46,10 @@ def generate_command(options: argparse.Namespace) -> int:
     for number, prompt in enumerate(prompts):
         if options.json:
             completion = generator.complete(prompt, sampling)
-            print(json.dumps({"prompt": prompt, "text": completion.text, "token_ids": completion.token_ids}), flush=True)
+            print(
+                json.dumps({"prompt": prompt, "text": completion.text, "token_ids": completion.token_ids}),
+                flush=True,
+            )
             continue
         print(("\n" if number else "") + prompt, end="", flush=True)
         for piece in generator.stream(prompt, sampling):
@@ -59,4 +64,6 @@ def _read_prompt(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"prompt file {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise UserError(
+            f"prompt file {path} is not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from None

@@ -98,7 +98,7 @@ class _Fused(torch.autograd.Function):
         x, y = (hidden, labels) if everything else (hidden[rows], labels[rows])
         need_x, need_weight = ctx.needs_input_grad[:2]
         x_gradient = torch.empty_like(x) if need_x else None
-        weight_gradient = torch.zeros_like(weight, dtype=dtype) if need_weight else None
+        weight_gradient = torch.empty_like(weight, dtype=dtype) if need_weight else None
         total = torch.zeros((), dtype=dtype, device=x.device)
 
         step = min(_chunk_rows(weight), max(len(y), 1))
@@ -109,11 +109,11 @@ class _Fused(torch.autograd.Function):
             if logits_scale != 1.0:
                 logits.mul_(logits_scale)
             highest = logits.amax(-1, keepdim=True)
-            total -= logits.gather(-1, target).sum()
+            label_logits = logits.gather(-1, target)
             exponentials = logits.sub_(highest).exp_()
             normaliser = exponentials.sum(-1, keepdim=True)
             lse = normaliser.log().add_(highest)
-            total += lse.sum()
+            total += (lse - label_logits).sum()
             coefficient = 1 / normaliser
             if z_loss:
                 total += z_loss * lse.square().sum()
@@ -126,7 +126,8 @@ class _Fused(torch.autograd.Function):
                 if x_gradient is not None:
                     torch.mm(gradient, weight, out=x_gradient[begin : begin + step]).mul_(coefficient)
                 if weight_gradient is not None:
-                    weight_gradient.addmm_(gradient.t(), chunk * coefficient)
+                    # beta 0: the first chunk writes, so that no pass is spent on zeros
+                    weight_gradient.addmm_(gradient.t(), chunk * coefficient, beta=0 if begin == 0 else 1)
             else:
                 exponentials.mul_(coefficient)
                 exponentials.scatter_add_(-1, target, torch.full_like(coefficient, -1))
@@ -134,8 +135,11 @@ class _Fused(torch.autograd.Function):
                 if x_gradient is not None:
                     torch.mm(gradient, weight, out=x_gradient[begin : begin + step])
                 if weight_gradient is not None:
-                    weight_gradient += gradient.t() @ chunk
+                    product = gradient.t() @ chunk
+                    weight_gradient = weight_gradient.add_(product) if begin else product.to(dtype)
 
+        if weight_gradient is not None and not len(y):
+            weight_gradient.zero_()
         if x_gradient is not None and not everything:
             x_gradient = torch.zeros_like(hidden).index_copy_(0, rows, x_gradient)
         ctx.gradients = [x_gradient, weight_gradient]

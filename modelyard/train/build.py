@@ -18,7 +18,11 @@ from modelyard.train.step import LossOptions
 
 
 def compute_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def loss_options(model: BaseModelConfig) -> LossOptions:
@@ -62,7 +66,7 @@ def open_stream(config: TrainConfig, name: str, architecture: Architecture) -> D
     if name not in config.data.datasets:
         known = ", ".join(config.data.datasets) or "none"
         raise UserError(f"data.datasets has no '{name}' (it has: {known})")
-    return DataStream(
+    stream = DataStream(
         config.data.datasets[name],
         name=name,
         sampling=config.data.sampling,
@@ -70,6 +74,13 @@ def open_stream(config: TrainConfig, name: str, architecture: Architecture) -> D
         vocab_size=architecture.vocab_size,
         total_rows=config.training.train_iters * config.batch.batch_size,
     )
+    for dataset in stream.statistics()["datasets"]:
+        if (dataset["vocab_size"] or 0) > architecture.vocab_size:
+            raise UserError(
+                f"data.datasets.{name}: {dataset['name']} was prepared with a tokenizer of {dataset['vocab_size']:,} "
+                f"tokens, model.base_model.vocab_size is {architecture.vocab_size:,}"
+            )
+    return stream
 
 
 def tokenizer_folder(config: TrainConfig, stream: DataStream) -> Path | None:

@@ -1,11 +1,11 @@
 """Checkpoints: one folder an iteration, complete or absent, whose tensors any later layout can read.
 
-    <experiment_dir>/checkpoint/<iteration>/
-        .metadata, *.distcp   torch's distributed checkpoint: `model.<name>` in fp32, `optimizer.<name>.exp_avg` and
-                              `optimizer.<name>.exp_avg_sq`, full logical shapes, no entry belongs to a rank
-        state.json            iteration, optimizer steps, tokens, data position, seeds, versions, architecture
-        config.yaml           the resolved config
-        manifest.json         size and sha256 of every file
+<experiment_dir>/checkpoint/<iteration>/
+    .metadata, *.distcp   torch's distributed checkpoint: `model.<name>` in fp32, `optimizer.<name>.exp_avg` and
+                          `optimizer.<name>.exp_avg_sq`, full logical shapes, no entry belongs to a rank
+    state.json            iteration, optimizer steps, tokens, data position, seeds, versions, architecture
+    config.yaml           the resolved config
+    manifest.json         size and sha256 of every file
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import pickle
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ CHECKSUM_LIMIT = 4 * 2**30
 def save_checkpoint(
     folder: Path,
     *,
-    parameters: dict[str, torch.Tensor],
-    moments: dict[str, torch.Tensor],
+    parameters: Mapping[str, torch.Tensor],
+    moments: Mapping[str, torch.Tensor],
     state: dict[str, Any],
     config: dict[str, Any],
 ) -> None:
@@ -45,7 +46,9 @@ def save_checkpoint(
         tensors |= {f"optimizer.{name}": moment for name, moment in moments.items()}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(str(temporary), sync_files=False), no_dist=True)
+            dcp.save(
+                tensors, storage_writer=dcp.FileSystemWriter(str(temporary), sync_files=False), no_dist=True
+            )
         write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, **state})
         (temporary / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
@@ -69,7 +72,10 @@ class Checkpoint:
             self._reader = SafeFileSystemReader(folder)
         except (OSError, pickle.UnpicklingError) as error:
             raise UserError(f"{folder / '.metadata'} cannot be used: {error}") from error
-        self._tensors: dict[str, TensorStorageMetadata] = self._reader.read_metadata().state_dict_metadata
+        entries = self._reader.read_metadata().state_dict_metadata
+        self._tensors = {
+            name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)
+        }
 
     @staticmethod
     def problems(folder: Path) -> list[str]:
@@ -98,7 +104,9 @@ class Checkpoint:
                 problems.append(f"{self.folder} has no tensor '{name}'")
             elif self._tensors[name].size != tensor.shape:
                 there = tuple(self._tensors[name].size)
-                problems.append(f"{self.folder}: '{name}' has shape {there}, the config makes it {tuple(tensor.shape)}")
+                problems.append(
+                    f"{self.folder}: '{name}' has shape {there}, the config makes it {tuple(tensor.shape)}"
+                )
         if problems:
             raise UserError(*problems)
         with warnings.catch_warnings():

@@ -24,11 +24,16 @@ def evaluate(loaded: Loaded, *, checkpoint: Path | None, as_json: bool) -> int:
     folder = find_checkpoint(checkpoint or config.run.experiment_dir)
     if folder is None:
         where = checkpoint or config.run.experiment_dir / "checkpoint"
-        raise UserError(f"no checkpoint to evaluate: {missing_path(where) if not where.exists() else f'none in {where}'}")
+        raise UserError(
+            f"no checkpoint to evaluate: {missing_path(where) if not where.exists() else f'none in {where}'}"
+        )
     source = Checkpoint(folder)
     if not config.training.evaluators and not config.training.test_iters:
         raise UserError("training.evaluators is empty: there is nothing to evaluate")
-    if loaded.architecture is not None and loaded.architecture.parameter_shapes() != source.architecture.parameter_shapes():
+    if (
+        loaded.architecture is not None
+        and loaded.architecture.parameter_shapes() != source.architecture.parameter_shapes()
+    ):
         raise UserError(f"{folder} holds a model of another shape than the config describes")
 
     def say(text: str) -> None:
@@ -44,7 +49,8 @@ def evaluate(loaded: Loaded, *, checkpoint: Path | None, as_json: bool) -> int:
         tokenizer = tokenizer_folder(config, open_stream(config, "training", source.architecture))
     evaluators = Evaluators(config, source.architecture, device=device, tokenizer_folder=tokenizer, say=say)
     records = [
-        evaluators.run(name, entry, model, source.iteration) for name, entry in config.training.evaluators.items()
+        evaluators.run(name, entry, model, source.iteration)
+        for name, entry in config.training.evaluators.items()
     ]
     if config.training.test_iters:
         records.append(evaluators.test(model, source.iteration))

@@ -75,8 +75,12 @@ class Evaluators:
         }
         if config.training.test_iters:
             self._streams["test"] = open_stream(config, "test", architecture)
-        if tokenizer_folder is None and any(isinstance(e.evaluator, SamplesEvaluatorConfig) for e in entries.values()):
-            raise UserError("a samples evaluator needs a tokenizer: prepare the data again, or set data.tokenizer.path")
+        if tokenizer_folder is None and any(
+            isinstance(e.evaluator, SamplesEvaluatorConfig) for e in entries.values()
+        ):
+            raise UserError(
+                "a samples evaluator needs a tokenizer: prepare the data again, or set data.tokenizer.path"
+            )
 
     def run(self, name: str, entry: EvaluatorConfig, model: Decoder, iteration: int) -> dict[str, Any] | None:
         """Run one evaluator; returns its record for the metrics, None when it was told to stop."""
@@ -88,7 +92,9 @@ class Evaluators:
         """Loss on the dataset `test`, as `training.test_iters` says."""
         return self._loss("test", self._config.training.test_iters, model, iteration)
 
-    def _loss(self, name: str, iterations: int | None, model: Decoder, iteration: int) -> dict[str, Any] | None:
+    def _loss(
+        self, name: str, iterations: int | None, model: Decoder, iteration: int
+    ) -> dict[str, Any] | None:
         begin = time.perf_counter()
         stream = self._streams[name]
         evaluation = evaluate_loss(

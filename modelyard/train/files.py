@@ -41,7 +41,10 @@ def complete_or_absent(destination: Path) -> Iterator[Path]:
     try:
         yield temporary
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
-        manifest = {p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
+        manifest = {
+            p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)}
+            for p in files
+        }
         write_json(temporary / MANIFEST, manifest)
         for path in temporary.rglob("*"):
             fsync_path(path)
@@ -57,7 +60,9 @@ def numbered_folders(directory: Path) -> list[Path]:
     """The complete folders of `directory` that are named by an iteration, oldest first."""
     if not directory.is_dir():
         return []
-    return sorted((p for p in directory.iterdir() if p.name.isdigit() and p.is_dir()), key=lambda p: int(p.name))
+    return sorted(
+        (p for p in directory.iterdir() if p.name.isdigit() and p.is_dir()), key=lambda p: int(p.name)
+    )
 
 
 def prune(directory: Path, *, keep: int | None, forever: Callable[[int], bool]) -> list[Path]:

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -53,7 +54,10 @@ def utilization(
         return {}
     return {
         f"mfu_{name}": tokens_per_second
-        * (architecture.matmul_flops_per_token() + architecture.attention_flops_per_token(sequence_length, causal=causal))
+        * (
+            architecture.matmul_flops_per_token()
+            + architecture.attention_flops_per_token(sequence_length, causal=causal)
+        )
         / peak
         for name, causal in (("causal", True), ("full", False))
     }
@@ -79,8 +83,11 @@ class MetricsLog:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
 
     def write(self, record: dict[str, Any], *, prefix: str) -> None:
-        """Append `record`, which holds `iteration`; its other numbers go to TensorBoard as `<prefix>/<key>`."""
-        self._file.write(json.dumps(record) + "\n")
+        """Append `record`, which holds `iteration`, with the time [seconds since 1970] beside it.
+
+        Its numbers go to TensorBoard as `<prefix>/<key>`.
+        """
+        self._file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
         self._file.flush()
         if self._board is not None:
             for key, value in record.items():

@@ -43,7 +43,7 @@ class Optimizer:
         """`{"<parameter name>.exp_avg": tensor, …}`, zeros before the first step, of the parameters' full shapes."""
         state = self.adamw.state
         return {
-            f"{name}.{moment}": state[p][moment] if p in state and state[p] else torch.zeros_like(p, requires_grad=False)
+            f"{name}.{moment}": state[p][moment] if state.get(p) else torch.zeros_like(p, requires_grad=False)
             for name, p in self.parameters.items()
             for moment in MOMENTS
         }

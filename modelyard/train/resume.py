@@ -63,7 +63,12 @@ def schedule_difference(old: LearningRateConfig, new: LearningRateConfig, steps:
 
 
 def refuse_changes(
-    checkpoint: Checkpoint, config: TrainConfig, architecture: Architecture, data_fingerprint: str, *, force: bool
+    checkpoint: Checkpoint,
+    config: TrainConfig,
+    architecture: Architecture,
+    data_fingerprint: str,
+    *,
+    force: bool,
 ) -> list[str]:
     """Raise UserError when going on from `checkpoint` under `config` would alter what was already trained.
 
@@ -77,13 +82,20 @@ def refuse_changes(
         difference = schedule_difference(old_rates, new_rates, checkpoint.state["optimizer_steps"])
         differences += [difference] if difference else []
     if checkpoint.architecture != architecture:
-        before, now = flatten(dataclasses.asdict(checkpoint.architecture)), flatten(dataclasses.asdict(architecture))
-        differences += [f"architecture.{k}: was {before[k]!r}, is now {now[k]!r}" for k in now if before[k] != now[k]]
+        before, now = (
+            flatten(dataclasses.asdict(checkpoint.architecture)),
+            flatten(dataclasses.asdict(architecture)),
+        )
+        differences += [
+            f"architecture.{k}: was {before[k]!r}, is now {now[k]!r}" for k in now if before[k] != now[k]
+        ]
         # Another shape cannot go on at all; --force does not help.
         if checkpoint.architecture.parameter_shapes() != architecture.parameter_shapes():
             force = False
     if checkpoint.state["data_fingerprint"] != data_fingerprint:
-        differences.append("data.datasets.training: the documents are not those that this run was trained on so far")
+        differences.append(
+            "data.datasets.training: the documents are not those that this run was trained on so far"
+        )
     if differences and not force:
         raise UserError(
             *differences,
@@ -91,4 +103,3 @@ def refuse_changes(
             "run.experiment_dir, or go on all the same with --force (not possible for another shape)",
         )
     return differences
-

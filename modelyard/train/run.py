@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import modelyard
 from modelyard.config.architecture import Architecture
+from modelyard.config.disk import disk_problem
 from modelyard.config.loader import Loaded
 from modelyard.config.train import TrainConfig
 from modelyard.data.stream import prefetched
@@ -84,7 +84,9 @@ class Run:
         for path, problem in damaged.items():
             console.line(f"warning: checkpoint {path} is damaged ({problem}); set aside as {set_aside(path)}")
         if checkpoint is not None:
-            for line in refuse_changes(checkpoint, config, architecture, self.stream.fingerprint, force=force):
+            for line in refuse_changes(
+                checkpoint, config, architecture, self.stream.fingerprint, force=force
+            ):
                 console.line(f"forced: {line}")
 
         self.model = build_model(architecture, self.device)
@@ -251,6 +253,8 @@ def train(loaded: Loaded, *, force: bool = False) -> int:
     config = loaded.train
     if loaded.architecture is None:
         raise UserError(*loaded.warnings)
+    if problem := disk_problem(config, loaded.architecture):
+        raise UserError(problem)
     console = Console()
     run = Run(config, loaded.architecture, force=force, console=console)
     # Nothing is written before everything that can be refused has been.
@@ -289,7 +293,9 @@ def _train(run: Run, notices: list[str]) -> int:
                 meter.reset()
             _side_work(run, log)
             if run.stop:
-                console.line(f"stopped after iteration {progress.iteration}; the same command goes on from there")
+                console.line(
+                    f"stopped after iteration {progress.iteration}; the same command goes on from there"
+                )
                 return 128 + (run.stop.signum or 0)
             if training.shutdown.due(progress.iteration) and not run.finished:
                 console.line(f"shutdown after iteration {progress.iteration}, as training.shutdown says")

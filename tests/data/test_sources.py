@@ -162,6 +162,19 @@ def test_folder_of_mixed_files_in_name_order(write_jsonl, tmp_path):
         texts(tmp_path / "in", data_directory="b")
 
 
+def test_exclude_by_name_path_or_pattern(tmp_path):
+    for name in ("a.py", "b_test.py", "test/c.py", "lib/test/d.py", "lib/e.py", "lib/gen/f.py", "gen/g.py"):
+        path = tmp_path / "code" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    options = {"extensions": [".py"], "exclude": ["test", "*_test.py", "lib/gen"]}
+    assert texts(tmp_path / "code", **options) == ["a.py", "gen/g.py", "lib/e.py"]
+    with pytest.raises(UserError, match="exclude chooses files of a folder"):
+        texts(tmp_path / "code" / "a.py", exclude=["b"])
+    with pytest.raises(UserError, match=r"dataset\.exclude is for a local folder; no/such is not here"):
+        texts("no/such", exclude=["b"])
+
+
 def test_files_named_for_splits(write_jsonl, tmp_path):
     write_jsonl(RECORDS[:10], "in/train-00000-of-00001.jsonl")
     write_jsonl(RECORDS[10:20], "in/test-00000-of-00001.jsonl")

@@ -100,7 +100,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def project(prepared: Path, tmp_path: Path) -> Path:
     """A fresh folder over the same prepared data, with a `train.yaml` of its own."""
     for name in ("tokenizer", "data"):

@@ -62,7 +62,16 @@ def test_export_loads_in_transformers_and_greedy_text_is_equal(whole_run: Path) 
     out = model.generate(torch.tensor([start]), max_new_tokens=12, do_sample=False)[0, len(start) :].tolist()
 
     done = modelyard(
-        "generate", folder, "--prompt", prompt, "--max-new-tokens", 12, "--temperature", 0, "--json", cwd=whole_run
+        "generate",
+        folder,
+        "--prompt",
+        prompt,
+        "--max-new-tokens",
+        12,
+        "--temperature",
+        0,
+        "--json",
+        cwd=whole_run,
     )
     assert done.status == 0, done.err
     (line,) = done.out.splitlines()
@@ -97,7 +106,9 @@ def assert_same_run(project: Path, truth: Path) -> None:
 def test_stopping_and_extending_gives_the_same_run(project: Path, whole_run: Path) -> None:
     """Five iterations (no checkpoint on the interval), then the rest: more iterations need no word."""
     assert modelyard("train", "train.yaml", "training.train_iters=5", cwd=project).status == 0
-    done = modelyard("train", "train.yaml", "training.checkpoint.keep=3", "batch.micro_batch_size=2", cwd=project)
+    done = modelyard(
+        "train", "train.yaml", "training.checkpoint.keep=3", "batch.micro_batch_size=2", cwd=project
+    )
     assert done.status == 0, done.err
     assert "resuming from" in done.out
     kept = losses(project)
@@ -108,12 +119,18 @@ def test_stopping_and_extending_gives_the_same_run(project: Path, whole_run: Pat
 
 @pytest.mark.parametrize("moment", ["step", "save"])
 def test_kill_9_and_resume_is_bit_identical(project: Path, whole_run: Path, moment: str) -> None:
-    slow = "" if moment == "step" else "import modelyard.train.files as f; s = f.sha256; f.sha256 = lambda p: (time.sleep(1), s(p))[1]\n"
+    slow = (
+        ""
+        if moment == "step"
+        else "import modelyard.train.files as f; s = f.sha256; f.sha256 = lambda p: (time.sleep(1), s(p))[1]\n"
+    )
     program = (
         "import sys, time\n" + slow + "from modelyard.cli import main\n"
         "raise SystemExit(main(['train', 'train.yaml', 'training.checkpoint.interval=3']))\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=project, env=environment(), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=project, env=environment(), stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     if moment == "step":
         for line in process.stdout:
@@ -161,13 +178,19 @@ def test_sigterm_saves_and_leaves_and_the_run_goes_on(project: Path, whole_run: 
 def test_a_change_of_what_was_trained_is_refused_with_the_difference(project: Path) -> None:
     assert modelyard("train", "train.yaml", "training.train_iters=3", cwd=project).status == 0
     done = modelyard(
-        "train", "train.yaml", "optimizer.weight_decay=0.2", "optimizer.learning_rate.warmup_iterations=5", cwd=project
+        "train",
+        "train.yaml",
+        "optimizer.weight_decay=0.2",
+        "optimizer.learning_rate.warmup_iterations=5",
+        cwd=project,
     )
     assert done.status == 2
     assert "optimizer.weight_decay: was 0.1, is now 0.2" in done.err
     assert "optimizer.learning_rate: at step 1 of the 3 already taken it was 0.0015" in done.err
     assert "--force" in done.err
-    forced = modelyard("train", "train.yaml", "optimizer.weight_decay=0.2", "training.train_iters=4", "--force", cwd=project)
+    forced = modelyard(
+        "train", "train.yaml", "optimizer.weight_decay=0.2", "training.train_iters=4", "--force", cwd=project
+    )
     assert forced.status == 0, forced.err
     assert "forced: optimizer.weight_decay: was 0.1, is now 0.2" in forced.out
 

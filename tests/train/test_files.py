@@ -30,9 +30,13 @@ def test_folder_appears_whole_with_its_manifest(tmp_path: Path) -> None:
 
 
 def test_failure_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="disk"), complete_or_absent(tmp_path / "7") as temporary:
-        (temporary / "a").write_text("x")
-        raise OSError("disk full")
+    def fill_the_disk() -> None:
+        with complete_or_absent(tmp_path / "7") as temporary:
+            (temporary / "a").write_text("x")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk"):
+        fill_the_disk()
     assert list(tmp_path.iterdir()) == []
 
 

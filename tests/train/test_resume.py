@@ -63,10 +63,16 @@ def test_binding_changes_are_named_with_both_values() -> None:
 def test_schedule_may_change_where_it_has_not_been_yet() -> None:
     def wsd(start: int, end: int) -> LearningRateConfig:
         return LearningRateConfig(
-            base=1e-3, decay_style="wsd", warmup_iterations=10, decay_start_iteration=start, decay_iterations=end
+            base=1e-3,
+            decay_style="wsd",
+            warmup_iterations=10,
+            decay_start_iteration=start,
+            decay_iterations=end,
         )
 
     assert schedule_difference(wsd(100, 120), wsd(500, 600), steps=100) is None
     difference = schedule_difference(wsd(100, 120), wsd(500, 600), steps=101)
     assert difference is not None
-    assert difference.startswith("optimizer.learning_rate: at step 101 of the 101 already taken it was 0.00095")
+    assert difference.startswith(
+        "optimizer.learning_rate: at step 101 of the 101 already taken it was 0.00095"
+    )
