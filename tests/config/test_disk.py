@@ -19,7 +19,7 @@ def config_of(folder: Path, *overrides: str) -> TrainConfig:
 @pytest.mark.parametrize(
     ("iterations", "settings", "expected"),
     [
-        (100, {}, (0, 0)),
+        (100, {}, (1, 1)),  # without an interval, once at the end
         (100, {"interval": 10, "keep": None}, (10, 10)),
         # The final one lies on the interval; one more than `keep` while the newest is written.
         (100, {"interval": 10, "keep": 3}, (10, 4)),
