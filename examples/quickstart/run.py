@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -28,7 +29,7 @@ def step(title: str) -> None:
 def modelyard(*words: object, quiet: bool = False) -> str:
     """Run one modelyard command as typed; returns its output with `quiet`, else lets it print."""
     command = [sys.executable, "-m", "modelyard", *map(str, words)]
-    print("$ modelyard", " ".join(map(str, words)).replace("\n", "\\n"), flush=True)
+    print("$ modelyard", shlex.join(map(str, words)).replace("\n", "\\n"), flush=True)
     done = subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE if quiet else None)
     if done.returncode:
         raise SystemExit(done.returncode)
@@ -120,7 +121,7 @@ def main() -> int:
   Hugging Face   {export}
 try next:
   .venv/bin/modelyard generate {export} --prompt 'import os' --temperature 0.8
-  .venv/bin/modelyard train {HERE.relative_to(Path.cwd()) if HERE.is_relative_to(Path.cwd()) else HERE}/train.yaml training.train_iters=1200    # goes on from here
+  .venv/bin/modelyard train {HERE.relative_to(Path.cwd()) if HERE.is_relative_to(Path.cwd()) else HERE}/train.yaml training.train_iters=960    # goes on from here
   .venv/bin/tensorboard --logdir {OUT / "run" / "tensorboard"}
   docs/          recipes: Llama 3.1 8B and Qwen 2.5 7B from scratch, continued pretraining, data preparation"""
     )
@@ -131,14 +132,17 @@ def transformers_greedy(folder: Path, prompt: str, tokens: int) -> dict[str, obj
     """What transformers' own `generate` makes of the same folder and prompt."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    start = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    start = tokenizer(prompt, return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        out = model.generate(torch.tensor([start]), max_new_tokens=tokens, do_sample=False)
-    ids = [token for token in out[0, len(start) :].tolist() if token != model.generation_config.eos_token_id]
-    return {"token_ids": ids, "text": tokenizer.decode(ids)}
+        out = model.generate(start, max_new_tokens=tokens, do_sample=False)
+    ids = out[0, start.shape[1] :].tolist()
+    return {"token_ids": ids, "text": tokenizer.decode(ids, skip_special_tokens=True)}
 
 
 if __name__ == "__main__":

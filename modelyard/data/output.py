@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from modelyard.data.store import disk_full_error, read_manifest, sync_folder
+from modelyard.data.store import read_manifest
 from modelyard.errors import UserError
+from modelyard.files import disk_full_error, sync
 
 RECORD = "prepare.json"
 """What an output folder was made from; tells "already there" from "something else is there"."""
@@ -95,7 +96,7 @@ def output_folder(output: Path) -> Iterator[Path]:
                 entry.unlink()
         yield temporary
         (temporary / ".lock").unlink()
-        sync_folder(temporary)
+        sync(temporary)
         _replace(temporary, output)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -115,5 +116,5 @@ def _replace(temporary: Path, output: Path) -> None:
     if output.exists():
         output.rename(old)
     temporary.rename(output)
-    sync_folder(output.parent)
+    sync(output.parent)
     shutil.rmtree(old, ignore_errors=True)

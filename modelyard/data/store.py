@@ -6,7 +6,6 @@ written last, into `<path>.tmp`, which is renamed when everything is synced: a s
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from modelyard.errors import UserError, missing_path
+from modelyard.files import sha256, sync
 
 FORMAT = "modelyard-tokens"
 VERSION = 1
@@ -112,7 +112,7 @@ class TokenStore:
         """Read everything; return what is wrong, one line each (checksums, counts, ids outside the vocabulary)."""
         problems = []
         for name, facts in self.manifest["files"].items():
-            if file_sha256(self.path / name) != facts["sha256"]:
+            if sha256(self.path / name) != facts["sha256"]:
                 problems.append(
                     f"{self.path / name} does not have the checksum that manifest.json has for it"
                 )
@@ -343,10 +343,10 @@ class StoreWriter:
         }
         write_synced(self.temporary / "manifest.json", json.dumps(manifest, indent=1) + "\n")
         if self._tokenizer_files:
-            sync_folder(self.temporary / "tokenizer")
-        sync_folder(self.temporary)
+            sync(self.temporary / "tokenizer")
+        sync(self.temporary)
         self.temporary.rename(self.path)
-        sync_folder(self.path.parent)
+        sync(self.path.parent)
 
     def _abandon(self) -> None:
         self._savers.shutdown()
@@ -440,13 +440,7 @@ def _fingerprint(files: Mapping[str, Mapping[str, Any]]) -> str:
 def _sync_and_check(file: BinaryIO) -> dict[str, Any]:
     with file:
         os.fsync(file.fileno())
-    return {"bytes": Path(file.name).stat().st_size, "sha256": file_sha256(Path(file.name))}
-
-
-def file_sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": Path(file.name).stat().st_size, "sha256": sha256(Path(file.name))}
 
 
 def write_synced(path: Path, text: str) -> None:
@@ -455,26 +449,3 @@ def write_synced(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Wait until the folder's entries (new files, a rename) are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def disk_full_error(error: OSError, path: Path) -> UserError | None:
-    """The message for a disk that filled up while `path` was written; None for any other error."""
-    if error.errno not in DISK_FULL:
-        return None
-    try:
-        free = f", {shutil.disk_usage(path.parent).free / 1e9:.1f} GB free now"
-    except OSError:
-        free = ""
-    return UserError(f"no space left while writing {path} ({error.strerror}{free}); nothing of it was kept")

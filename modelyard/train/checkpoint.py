@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from modelyard.config.architecture import Architecture, Rotary
 from modelyard.errors import UserError, missing_path
-from modelyard.train.files import complete_or_absent, damage, numbered_folders, write_json
+from modelyard.files import complete_or_absent, damage, numbered_folders, write_json
 from modelyard.train.torch_private import SafeFileSystemReader
 
 FORMAT_VERSION = 1
@@ -41,7 +41,7 @@ def save_checkpoint(
     config: dict[str, Any],
 ) -> None:
     """Write a checkpoint that appears at `folder` only once it is complete and durable."""
-    with complete_or_absent(folder) as temporary:
+    with complete_or_absent(folder, manifest=True) as temporary:
         tensors = {f"model.{name}": p.detach() for name, p in parameters.items()}
         tensors |= {f"optimizer.{name}": moment for name, moment in moments.items()}
         with warnings.catch_warnings():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
@@ -20,6 +19,8 @@ from modelyard.config.loader import Loaded
 from modelyard.config.train import TrainConfig
 from modelyard.data.stream import prefetched
 from modelyard.errors import UserError
+from modelyard.files import complete_or_absent, prune, set_aside
+from modelyard.model.formats.tokenizer_files import copy_tokenizer
 from modelyard.train.build import (
     build_model,
     compute_device,
@@ -31,7 +32,6 @@ from modelyard.train.build import (
 from modelyard.train.checkpoint import Checkpoint, newest_usable, save_checkpoint
 from modelyard.train.console import Console
 from modelyard.train.evaluators import Evaluators
-from modelyard.train.files import complete_or_absent, prune, set_aside
 from modelyard.train.metrics import MetricsLog, peak_flops, peak_memory, training_line, utilization
 from modelyard.train.optimizer import Optimizer
 from modelyard.train.resume import refuse_changes
@@ -172,9 +172,7 @@ class Run:
         destination = self.folder / "tokenizer"
         if self.tokenizer_folder is not None and not destination.exists():
             with complete_or_absent(destination) as temporary:
-                for file in self.tokenizer_folder.iterdir():
-                    if file.is_file():
-                        shutil.copy2(file, temporary)
+                copy_tokenizer(self.tokenizer_folder, temporary)
 
     # Steps
 

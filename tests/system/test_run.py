@@ -122,7 +122,7 @@ def test_kill_9_and_resume_is_bit_identical(project: Path, whole_run: Path, mome
     slow = (
         ""
         if moment == "step"
-        else "import modelyard.train.files as f; s = f.sha256; f.sha256 = lambda p: (time.sleep(1), s(p))[1]\n"
+        else "import modelyard.files as f; s = f.sha256; f.sha256 = lambda p: (time.sleep(1), s(p))[1]\n"
     )
     program = (
         "import sys, time\n" + slow + "from modelyard.cli import main\n"

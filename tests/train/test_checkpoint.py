@@ -63,14 +63,14 @@ def test_newest_whole_one_is_used(tmp_path: Path) -> None:
 
 def test_nothing_is_run_from_a_hostile_folder(tmp_path: Path) -> None:
     """A pickle that would call a function is refused, even with a manifest that fits."""
-    from modelyard.train.files import complete_or_absent
+    from modelyard.files import complete_or_absent
 
     class Hostile:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "owned",))
 
     whole = save(tmp_path, 3)
-    with complete_or_absent(tmp_path / "4") as temporary:
+    with complete_or_absent(tmp_path / "4", manifest=True) as temporary:
         for file in whole.iterdir():
             if file.name != "manifest.json":
                 (temporary / file.name).write_bytes(file.read_bytes())

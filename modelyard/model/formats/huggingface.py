@@ -6,7 +6,6 @@ Our logical names are Hugging Face's without the `model.` prefix, for every fami
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor
 from modelyard.config.architecture import Architecture
 from modelyard.config.huggingface import FAMILIES, read_architecture, read_config, write_config
 from modelyard.errors import UserError, missing_path
+from modelyard.files import complete_or_absent, write_json
 from modelyard.model.formats.safetensors import FileWriter, TensorEntry, read_entries
 from modelyard.model.formats.source import WeightSource, fit_problems
 from modelyard.model.formats.tokenizer_files import copy_tokenizer, special_token_ids
@@ -172,23 +172,12 @@ def export_huggingface(
         **ids,
     )
 
-    temporary = destination.with_name(destination.name + ".tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with complete_or_absent(destination) as temporary:
         _write_weights(source, shapes, dtypes, family, temporary, max_shard_bytes)
-        _write_json(temporary / "config.json", config)
+        write_json(temporary / "config.json", config)
         _write_generation_config(temporary / "generation_config.json", reference_folder, ids)
         if tokenizer_folder is not None:
             copy_tokenizer(tokenizer_folder, temporary)
-        for path in [*temporary.iterdir(), temporary]:
-            _sync(path)
-        os.rename(temporary, destination)
-        _sync(destination.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _write_weights(
@@ -226,7 +215,7 @@ def _write_weights(
             huggingface_name(n, family): f for f, names in zip(files, shards, strict=True) for n in names
         }
         metadata = {"total_parameters": sum(map(prod, shapes.values())), "total_size": sum(sizes.values())}
-        _write_json(folder / _INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+        write_json(folder / _INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def _special_ids(original: Mapping[str, Any], tokenizer_folder: Path | None) -> dict[str, Any]:
@@ -240,16 +229,4 @@ def _write_generation_config(path: Path, reference_folder: Path | None, ids: Map
     if reference_folder is not None and (reference_folder / path.name).is_file():
         shutil.copyfile(reference_folder / path.name, path)
     else:
-        _write_json(path, {key: value for key, value in ids.items() if value is not None})
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        write_json(path, {key: value for key, value in ids.items() if value is not None})

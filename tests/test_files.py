@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from modelyard.train.files import complete_or_absent, damage, numbered_folders, prune
+from modelyard.files import complete_or_absent, damage, numbered_folders, prune
 
 
 def make(folder: Path) -> None:
-    with complete_or_absent(folder) as temporary:
+    with complete_or_absent(folder, manifest=True) as temporary:
         (temporary / "inner").mkdir()
         (temporary / "inner" / "a.bin").write_bytes(b"abc")
         (temporary / "b.txt").write_text("hello")
@@ -42,7 +42,7 @@ def test_failure_leaves_nothing(tmp_path: Path) -> None:
 
 def test_kill_while_writing_leaves_no_complete_folder(tmp_path: Path) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from modelyard.train.files import complete_or_absent\n"
+        "import sys, time; from pathlib import Path; from modelyard.files import complete_or_absent\n"
         "with complete_or_absent(Path(sys.argv[1])) as t:\n"
         "    (t / 'a').write_text('x'); print('writing', flush=True); time.sleep(60)\n"
     )

@@ -1,7 +1,8 @@
-"""Directories that exist only when they are complete."""
+"""Files that are durable and folders that exist only when they are complete."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -11,11 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from modelyard.errors import UserError
+
 MANIFEST = "manifest.json"
 
 
-def fsync_path(path: Path) -> None:
-    """Make `path`, a file or a folder's list of entries, durable."""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def sync(path: Path) -> None:
+    """Wait until `path`, a file's content or a folder's list of entries, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -23,36 +29,57 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def disk_full_error(error: OSError, path: Path) -> UserError | None:
+    """The message for a disk that filled up while `path` was written; None for any other error."""
+    if error.errno not in DISK_FULL:
+        return None
+    try:
+        free = f", {shutil.disk_usage(path.parent).free / 1e9:.1f} GB free now"
+    except OSError:
+        free = ""
+    return UserError(f"no space left while writing {path} ({error.strerror}{free}); nothing of it was kept")
 
 
 @contextmanager
-def complete_or_absent(destination: Path) -> Iterator[Path]:
+def complete_or_absent(destination: Path, *, manifest: bool = False) -> Iterator[Path]:
     """Give a folder to write into; it becomes `destination` when the block ends well, and vanishes otherwise.
 
-    It is written beside as `<name>.tmp`, gets a manifest with each file's size and sha256, every file is synced,
-    then it is renamed and the parent is synced. A kill at any moment leaves `destination` whole or absent.
+    It is written beside as `<name>.tmp`; at the end every file is synced, the folder is renamed and its parent synced.
+    A kill at any moment leaves `destination` whole or absent. With `manifest` it also gets a list of its files with size
+    and sha256, for `damage`. Raises UserError when the disk is full.
     """
     temporary = destination.with_name(destination.name + ".tmp")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
-        yield temporary
-        files = sorted(p for p in temporary.rglob("*") if p.is_file())
-        manifest = {
-            p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)}
-            for p in files
-        }
-        write_json(temporary / MANIFEST, manifest)
-        for path in temporary.rglob("*"):
-            fsync_path(path)
-        fsync_path(temporary)
-        os.rename(temporary, destination)
-        fsync_path(destination.parent)
-    except BaseException:
+        destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        if manifest:
+            files = sorted(p for p in temporary.rglob("*") if p.is_file())
+            facts = {
+                p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)}
+                for p in files
+            }
+            write_json(temporary / MANIFEST, facts)
+        for path in temporary.rglob("*"):
+            sync(path)
+        sync(temporary)
+        os.rename(temporary, destination)
+        sync(destination.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and (full := disk_full_error(error, destination)):
+            raise full from error
         raise
 
 
@@ -94,13 +121,8 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def damage(folder: Path, *, checksums: bool) -> list[str]:
-    """What is wrong with a folder made by `complete_or_absent`: one line a file, empty when it is whole."""
+    """What is wrong with a folder that `complete_or_absent` gave a manifest: one line a file, empty when it is whole."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
