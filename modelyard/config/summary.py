@@ -59,6 +59,9 @@ def resolved(loaded: Loaded) -> dict[str, Any]:
         assert isinstance(transformer, dict)
         base_model |= shape
         base_model["transformer"] |= transformer
+    elif loaded.kind == "train":
+        # Defaults here would read as the shape of a model that nobody asked for.
+        values["model"]["base_model"] = loaded.document.get("model", {}).get("base_model", {})
     return values
 
 
@@ -99,8 +102,8 @@ def _training_blocks(loaded: Loaded, problems: list[str], warnings: list[str]) -
 
 def _model_rows(config: TrainConfig, architecture: Architecture | None) -> list[tuple[str, str]]:
     if architecture is None:
-        path = config.pretrained.path if config.pretrained else None
-        return [("parameters", f"unknown until {path} is there")]
+        missing = f"{config.pretrained.path} is there" if config.pretrained else "an architecture is given"
+        return [("parameters", f"unknown until {missing}")]
     embedding = architecture.vocab_size * architecture.hidden_size
     tied = (
         "tied with the output layer"
