@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelyard import __version__
-from modelyard.errors import UserError, did_you_mean
+from modelyard.errors import RunFailed, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from modelyard.config.loader import Loaded
@@ -24,7 +24,7 @@ Several files are merged, later ones win; KEY=VALUE overrides win over files. Or
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0, or 2 where the user has something to change."""
+    """Run one verb; returns the exit status: 0, 1 for a run that failed, 2 where the user has something to change."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _dispatch(words)
@@ -32,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return 2
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

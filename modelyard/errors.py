@@ -1,4 +1,4 @@
-"""The one exception that stands for "the user can mend this"."""
+"""The exceptions whose message is for the user: one line, no traceback."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ class UserError(Exception):
     def __init__(self, *problems: str):
         super().__init__("\n".join(problems))
         self.problems = list(problems)
+
+
+class RunFailed(Exception):
+    """A run that cannot go on although nothing is wrong with its input, such as one that diverged.
+
+    The program prints the message as one line and leaves with exit status 1.
+    """
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:

@@ -124,9 +124,9 @@ def training_line(record: dict[str, Any], train_iters: int, seconds_left: float)
     """The line that a person reads, from the record that the program keeps."""
     parts = [
         f"iteration {record['iteration']}/{train_iters}",
-        f"loss {record['loss']:.4f}",
+        f"loss {_number(record['loss'], '.4f')}",
         f"lr {record['learning_rate']:.3e}",
-        f"grad norm {record['grad_norm']:.3f}",
+        f"grad norm {_number(record['grad_norm'], '.3f')}",
         f"{record['tokens_per_second']:,.0f} tokens/s",
     ]
     if "mfu_causal" in record:
@@ -137,3 +137,7 @@ def training_line(record: dict[str, Any], train_iters: int, seconds_left: float)
         parts.append(f"skipped {record['skipped_steps']}")
     parts.append(f"ETA {timedelta(seconds=round(seconds_left))}")
     return " | ".join(parts)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)

@@ -18,7 +18,7 @@ from modelyard.config.disk import disk_problem
 from modelyard.config.loader import Loaded
 from modelyard.config.train import TrainConfig
 from modelyard.data.stream import prefetched
-from modelyard.errors import UserError
+from modelyard.errors import RunFailed, UserError
 from modelyard.files import complete_or_absent, prune, set_aside
 from modelyard.model.formats.tokenizer_files import copy_tokenizer
 from modelyard.train.build import (
@@ -39,10 +39,6 @@ from modelyard.train.schedule import learning_rate
 from modelyard.train.signals import StopSignal
 from modelyard.train.step import StepResult, train_step
 from modelyard.train.weights import DTYPES, Weights
-
-
-class TooManySkippedSteps(RuntimeError):
-    """Every one of the last `training.max_skipped_steps` steps had a loss or gradient that was not finite."""
 
 
 @dataclass
@@ -210,7 +206,7 @@ class Run:
             f"({self.progress.skipped_in_a_row} in a row, the run stops at {limit})"
         )
         if self.progress.skipped_in_a_row >= limit:
-            raise TooManySkippedSteps(
+            raise RunFailed(
                 f"{limit} steps in a row were skipped (last: {reason}); lower optimizer.learning_rate.base, look at "
                 f"the data around iteration {self.progress.iteration}, or raise training.max_skipped_steps; "
                 f"the last checkpoint in {self.folder / 'checkpoint'} is untouched"

@@ -220,3 +220,53 @@ def test_misspelt_key_missing_file_and_small_vocabulary_answer_in_one_line(proje
         assert expected in done.err
         assert len(done.err.strip().splitlines()) == 1, done.err
         assert not (project / "run" / "checkpoint").exists()
+
+
+def test_a_run_that_diverges_stops_with_a_clear_line_and_keeps_its_checkpoint(project: Path) -> None:
+    done = modelyard(
+        "train",
+        "train.yaml",
+        "optimizer.learning_rate={base: 1e36}",
+        "training.checkpoint.interval=1",
+        "training.max_skipped_steps=3",
+        cwd=project,
+    )
+    assert done.status == 1
+    (line,) = done.err.strip().splitlines()
+    assert line.startswith("error: 3 steps in a row were skipped")
+    assert "the step is skipped, weights untouched (3 in a row, the run stops at 3)" in done.out
+    kept = sorted(int(p.name) for p in (project / "run" / "checkpoint").iterdir())
+    assert kept, done.out
+    # What the run kept can be gone on from: the counters of skipped steps included.
+    from modelyard.train.checkpoint import Checkpoint
+
+    progress = Checkpoint(project / "run" / "checkpoint" / str(kept[-1])).state["progress"]
+    assert progress["iteration"] == kept[-1]
+    assert progress["skipped_steps"] == progress["skipped_in_a_row"] <= 2
+
+
+def test_guides_files_validate_as_printed(tmp_path: Path, shared: Path) -> None:
+    """Each file of the guides through the program; the parts merged with their train file."""
+    configs = shared / "configs"
+    for names, expected in (
+        (["llama-3.1-8b-train", "llama-3.1-8b-architecture-part"], "8,030,261,248"),
+        (["qwen-2.5-7b-train", "qwen-2.5-7b-architecture-part"], "7,615,616,512"),
+        (
+            ["llama-3.1-8b-train", "llama-3.1-8b-pretrained-part"],
+            "unknown until fast-llm-tutorial/pretrained_model",
+        ),
+        (
+            ["qwen-2.5-7b-train", "qwen-2.5-7b-pretrained-part"],
+            "unknown until fast-llm-tutorial/pretrained_model",
+        ),
+        (["llama-3.1-8b-continue"], "unknown until fast-llm-tutorial/pretrained-model"),
+        (["llama-3.1-8b-sft"], "unknown until sft-tutorial/Llama-3.1-8B"),
+        (["sft-prepare"], "loss_masking_spans: spans"),
+    ):
+        done = modelyard("validate", *(configs / f"{name}.yaml" for name in names), cwd=tmp_path)
+        assert done.status == 0, (names, done.err)
+        assert expected in done.out, names
+    alone = modelyard("validate", configs / "llama-3.1-8b-train.yaml", cwd=tmp_path)
+    assert alone.status == 2
+    assert "no architecture is given" in alone.err
+    assert list(tmp_path.iterdir()) == []

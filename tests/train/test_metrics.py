@@ -51,3 +51,4 @@ def test_line_for_people() -> None:
         "iteration 10/100 | loss 2.3457 | lr 3.000e-04 | grad norm 1.235 | 12,346 tokens/s | memory 1.00 GiB | "
         "data wait 1.5% | skipped 2 | ETA 1:01:01"
     )
+    assert "| loss not finite |" in training_line({**record, "loss": None}, 100, 1)
