@@ -55,8 +55,12 @@ class Console:
         if self._progress is not None:
             self._progress.update(self._task, completed=iteration, description=f"loss {loss:.4f}")
 
-    def close(self) -> None:
+    def stop_bar(self) -> None:
         if self._progress is not None:
             self._progress.stop()
+            self._progress = None
+
+    def close(self) -> None:
+        self.stop_bar()
         if self._file:
             self._file.close()

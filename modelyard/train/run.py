@@ -356,6 +356,7 @@ def _announce(run: Run, notices: list[str]) -> None:
 
 def _farewell(run: Run) -> None:
     console, folder = run.console, run.folder
+    console.stop_bar()
     console.line(f"finished {run.progress.iteration} iterations, {run.progress.tokens:,} tokens")
     console.line(f"  checkpoints  {folder / 'checkpoint'}")
     console.line(f"  metrics      {folder / 'metrics.jsonl'}, tensorboard --logdir {folder / 'tensorboard'}")
