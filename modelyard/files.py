@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -27,6 +28,18 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def only_one(path: Path, refusal: str) -> Iterator[None]:
+    """Hold the lock file `path`; raises UserError(refusal) while another process does. A dead process holds nothing."""
+    with path.open("w") as file:
+        try:
+            # lockf, not flock: a child that outlives a killed process for a moment must not hold the lock.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(refusal) from None
+        yield
 
 
 def sha256(path: Path) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from modelyard.files import complete_or_absent, damage, numbered_folders, prune
+from modelyard.errors import UserError
+from modelyard.files import complete_or_absent, damage, numbered_folders, only_one, prune
 
 
 def make(folder: Path) -> None:
@@ -85,3 +86,20 @@ def test_prune_keeps_the_newest_and_the_permanent(tmp_path: Path) -> None:
     prune(tmp_path, keep=1, forever=lambda iteration: iteration == 20)
     assert [p.name for p in numbered_folders(tmp_path)] == ["20", "50"]
     assert prune(tmp_path, keep=None, forever=lambda iteration: False) == []
+
+
+def test_only_one_process_holds_the_lock(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from modelyard.files import only_one\n"
+        "with only_one(Path(sys.argv[1]), 'busy'):\n    print('held', flush=True); time.sleep(60)\n"
+    )
+    lock = tmp_path / ".lock"
+    process = subprocess.Popen([sys.executable, "-c", program, str(lock)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"held\n"
+    with pytest.raises(UserError, match="busy"), only_one(lock, "busy"):
+        pass
+    process.kill()
+    process.wait()
+    with only_one(lock, "busy"):
+        pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator
@@ -12,8 +11,9 @@ from typing import Any
 
 from modelyard.data.store import read_manifest
 from modelyard.errors import UserError
-from modelyard.files import disk_full_error, sync
+from modelyard.files import disk_full_error, only_one, sync
 
+LOCK = ".lock"
 RECORD = "prepare.json"
 """What an output folder was made from; tells "already there" from "something else is there"."""
 
@@ -79,35 +79,27 @@ def output_folder(output: Path) -> Iterator[Path]:
     temporary = output.with_name(output.name + ".tmp")
     try:
         temporary.mkdir(parents=True, exist_ok=True)
-        lock = (temporary / ".lock").open("w")
     except OSError as error:
         raise UserError(f"output_path {output} cannot be made: {error.strerror}") from None
-    try:
-        # lockf, not flock: a worker that outlives a killed main process for a moment must not hold the lock.
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise UserError(f"another prepare is writing {output} at this moment") from None
-    try:
-        for entry in temporary.iterdir():  # left over by one that was killed
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry.name != ".lock":
-                entry.unlink()
-        yield temporary
-        (temporary / ".lock").unlink()
-        sync(temporary)
-        _replace(temporary, output)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise disk_full_error(error, output) or UserError(
-            f"{error.filename or output}: {error.strerror}"
-        ) from None
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    finally:
-        lock.close()
+    with only_one(temporary / LOCK, f"another prepare is writing {output} at this moment"):
+        try:
+            for entry in temporary.iterdir():  # left over by one that was killed
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                elif entry.name != LOCK:
+                    entry.unlink()
+            yield temporary
+            (temporary / LOCK).unlink()
+            sync(temporary)
+            _replace(temporary, output)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise disk_full_error(error, output) or UserError(
+                f"{error.filename or output}: {error.strerror}"
+            ) from None
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def _replace(temporary: Path, output: Path) -> None:

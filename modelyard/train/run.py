@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
@@ -19,7 +20,7 @@ from modelyard.config.loader import Loaded
 from modelyard.config.train import TrainConfig
 from modelyard.data.stream import prefetched
 from modelyard.errors import RunFailed, UserError
-from modelyard.files import complete_or_absent, prune, set_aside
+from modelyard.files import complete_or_absent, only_one, prune, set_aside
 from modelyard.model.formats.tokenizer_files import copy_tokenizer
 from modelyard.train.build import (
     build_model,
@@ -249,13 +250,24 @@ def train(loaded: Loaded, *, force: bool = False) -> int:
         raise UserError(*loaded.warnings)
     if problem := disk_problem(config, loaded.architecture):
         raise UserError(problem)
-    console = Console()
-    run = Run(config, loaded.architecture, force=force, console=console)
-    # Nothing is written before everything that can be refused has been.
-    run.folder.mkdir(parents=True, exist_ok=True)
-    console.open_log(run.folder / "log.txt")
-    run.keep_tokenizer()
-    return _train(run, loaded.notices)
+    folder, existed = config.run.experiment_dir, config.run.experiment_dir.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
+    except OSError as error:
+        raise UserError(f"run.experiment_dir: {folder} cannot be written to: {error.strerror}") from None
+    with only_one(folder / ".lock", f"another process is training in {folder} at this moment"):
+        console = Console()
+        try:
+            run = Run(config, loaded.architecture, force=force, console=console)
+        except BaseException:
+            # Nothing stays behind when a run is refused.
+            if not existed:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        console.open_log(folder / "log.txt")
+        run.keep_tokenizer()
+        return _train(run, loaded.notices)
 
 
 def _train(run: Run, notices: list[str]) -> int:
