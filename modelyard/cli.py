@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from modelyard import __version__
 from modelyard.errors import RunFailed, UserError, did_you_mean
@@ -52,12 +53,12 @@ def _dispatch(words: list[str]) -> int:
         print(f"modelyard {__version__}")
         return 0
     name, rest = words[0], words[1:]
-    if name == "tokenizer" and rest[:1] == ["train"]:
-        name, rest = "tokenizer train", rest[1:]
+    if name == "tokenizer":
+        name, rest = "tokenizer train", [word for word in rest if word != "train"]
     if name not in VERBS:
         raise UserError(f"'{name}' is not a verb{did_you_mean(name, VERBS)} (modelyard --help lists them)")
     verb = VERBS[name]
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"modelyard {name}",
         description=verb.summary,
         epilog=verb.details,
@@ -65,7 +66,21 @@ def _dispatch(words: list[str]) -> int:
         allow_abbrev=False,
     )
     verb.add_arguments(parser)
+    parser.set_defaults(example=verb.details.split("example", 1)[-1].split("\n")[1].strip())
     return verb.run(parser.parse_intermixed_args(rest))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers a wrong option as a wrong key is answered: one line, with the nearest name."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        hint = (
+            did_you_mean(unknown.split("=")[0], self._option_string_actions)
+            if unknown.startswith("-")
+            else ""
+        )
+        raise UserError(f"{self.prog}: {message}{hint} ({self.prog} --help lists them)")
 
 
 # Arguments that several verbs share
@@ -89,10 +104,15 @@ def _load(options: argparse.Namespace, kind: str | None, *, keep_problems: bool 
         words.pop(0)
     overrides = [word for word in words if "=" in word and not Path(word).exists()]
     files = [Path(word) for word in [*options.config, *(word for word in words if word not in overrides)]]
+    for word in files:
+        if (
+            re.fullmatch(r"[a-z_]+(\.\w+)+", str(word))
+            and word.suffix not in (".yaml", ".yml")
+            and not word.exists()
+        ):
+            raise UserError(f"'{word}' is no file; to set a key write {word}=VALUE")
     if not files:
-        raise UserError(
-            "no config given: name a YAML file, for instance `modelyard validate examples/train-tiny.yaml`"
-        )
+        raise UserError(f"no config given: name a YAML file, as in `{options.example}`")
     return load_config(files, overrides, kind=kind, keep_problems=keep_problems)
 
 
@@ -122,7 +142,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from modelyard.config.summary import summarise
+    from modelyard.plan.summary import summarise
 
     loaded = _load(options, None, keep_problems=True)
     for notice in loaded.notices:
@@ -206,12 +226,23 @@ def _evaluate(options: argparse.Namespace) -> int:
     return evaluate(loaded, checkpoint=options.checkpoint, as_json=options.json)
 
 
+def _dtype(text: str) -> str:
+    names = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    if text not in (*names, *names.values()):
+        raise argparse.ArgumentTypeError(f"'{text}' is not one of {', '.join(names)}")
+    return names.get(text, text)
+
+
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", type=Path, metavar="MODEL", help="Hugging Face folder, checkpoint, or experiment folder"
     )
     parser.add_argument(
-        "--prompt", action="append", default=[], metavar="TEXT", help="may be given several times"
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="may be given several times; an empty one starts from nothing",
     )
     parser.add_argument(
         "--prompt-file",
@@ -237,7 +268,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16", "float64"), help="default: the weights' own"
+        "--dtype", type=_dtype, metavar="TYPE", help="fp32, bf16, fp16, fp64 (default: the weights' own)"
     )
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: the one beside the model")
     parser.add_argument("--json", action="store_true", help="one line a prompt: prompt, text, token_ids")
@@ -260,7 +291,10 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         "--format", choices=("llama", "qwen2", "mistral"), help="family (default: as the source)"
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16; Hugging Face: its own"
+        "--dtype",
+        type=_dtype,
+        metavar="TYPE",
+        help="fp32, bf16, fp16 (default: bf16; a Hugging Face folder's own)",
     )
     parser.add_argument(
         "--tokenizer", type=Path, metavar="DIR", help="tokenizer to put beside (default: the source's)"
@@ -364,4 +398,4 @@ usage: modelyard VERB [CONFIG ...] [KEY=VALUE ...] [options]
 
 `modelyard VERB --help` has the options and examples of a verb.
 start here:
-  modelyard prepare examples/prepare-code.yaml && modelyard train examples/train-tiny.yaml"""
+  modelyard validate examples/train-llama-3.1-8b.yaml     then docs/quickstart.md, or `make quickstart`"""

@@ -46,6 +46,7 @@ def missing_path(path: Path | str) -> str:
     if not parent.is_dir():
         return f"{path} does not exist ({parent} is not a folder)"
     names = sorted(entry.name for entry in parent.iterdir())
-    match = nearest(missing_part, names)
-    hint = f"; nearest there: {parent / match}" if match else ""
-    return f"{path} does not exist (found {parent}, but no '{missing_part}' in it{hint})"
+    matches = difflib.get_close_matches(missing_part, names, n=1, cutoff=0.7)
+    hint = f"; nearest there: {parent / matches[0]}" if matches else ""
+    where = "the working directory" if parent == Path() else str(parent)
+    return f"{path} does not exist (there is no '{missing_part}' in {where}{hint})"

@@ -91,8 +91,9 @@ def complete_or_absent(destination: Path, *, manifest: bool = False) -> Iterator
         sync(destination.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) and (full := disk_full_error(error, destination)):
-            raise full from error
+        if isinstance(error, OSError):
+            reason = UserError(f"{destination} cannot be written: {error.strerror or error}")
+            raise (disk_full_error(error, destination) or reason) from error
         raise
 
 
@@ -105,15 +106,20 @@ def numbered_folders(directory: Path) -> list[Path]:
     )
 
 
-def prune(directory: Path, *, keep: int | None, forever: Callable[[int], bool]) -> list[Path]:
-    """Remove all but the newest `keep` numbered folders and return what went; those `forever` names stay uncounted.
+def prune(
+    directory: Path, *, keep: int | None, keep_every: int | None, ordinal: Callable[[int], int | None]
+) -> list[Path]:
+    """Remove superfluous numbered folders, and return what went. Called once the newest is durable; that one stays.
 
-    Called once the newest is durable. `keep` None keeps all; the newest always stays.
+    `ordinal` gives the how-manieth on its interval an iteration is, None for one off the interval. Of those on it the
+    newest `keep` stay and, uncounted, every `keep_every`-th; one off it stays while it is the newest. `keep` None keeps
+    all.
     """
     if keep is None:
         return []
-    folders = numbered_folders(directory)
-    doomed = [p for p in folders if not forever(int(p.name))][: -max(keep, 1)]
+    ordinals = {path: ordinal(int(path.name)) for path in numbered_folders(directory)}
+    counted = [p for p, n in ordinals.items() if n is not None and not (keep_every and n % keep_every == 0)]
+    doomed = [p for p, n in list(ordinals.items())[:-1] if n is None or p in counted[:-keep]]
     for path in doomed:
         # Renamed first, so that no moment shows a part of it under its name.
         remains = path.with_name(path.name + ".tmp")

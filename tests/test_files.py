@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -34,9 +35,9 @@ def test_failure_leaves_nothing(tmp_path: Path) -> None:
     def fill_the_disk() -> None:
         with complete_or_absent(tmp_path / "7") as temporary:
             (temporary / "a").write_text("x")
-            raise OSError("disk full")
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match="disk"):
+    with pytest.raises(UserError, match="no space left while writing"):
         fill_the_disk()
     assert list(tmp_path.iterdir()) == []
 
@@ -80,12 +81,21 @@ def test_damage_is_found_and_named(tmp_path: Path, harm, expected: str) -> None:
 def test_prune_keeps_the_newest_and_the_permanent(tmp_path: Path) -> None:
     for name in (10, 20, 30, 40, 50):
         make(tmp_path / str(name))
-    gone = prune(tmp_path, keep=2, forever=lambda iteration: iteration % 20 == 0)
+
+    def tenth(iteration: int) -> int | None:
+        return None if iteration % 10 else iteration // 10
+
+    assert prune(tmp_path, keep=None, keep_every=None, ordinal=tenth) == []
+    gone = prune(tmp_path, keep=2, keep_every=2, ordinal=tenth)
     assert [p.name for p in gone] == ["10"]
     assert [p.name for p in numbered_folders(tmp_path)] == ["20", "30", "40", "50"]
-    prune(tmp_path, keep=1, forever=lambda iteration: iteration == 20)
-    assert [p.name for p in numbered_folders(tmp_path)] == ["20", "50"]
-    assert prune(tmp_path, keep=None, forever=lambda iteration: False) == []
+    make(tmp_path / "53")  # off the interval: not counted, stays while it is the newest
+    assert prune(tmp_path, keep=2, keep_every=2, ordinal=tenth) == []
+    make(tmp_path / "60")
+    assert [p.name for p in prune(tmp_path, keep=2, keep_every=2, ordinal=tenth)] == ["53"]
+    prune(tmp_path, keep=1, keep_every=None, ordinal=tenth)
+    assert [p.name for p in numbered_folders(tmp_path)] == ["60"]
+    assert prune(tmp_path / "nothing", keep=1, keep_every=None, ordinal=tenth) == []
 
 
 def test_only_one_process_holds_the_lock(tmp_path: Path) -> None:

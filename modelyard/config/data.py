@@ -127,7 +127,10 @@ class SliceDataset(Section):
 
 
 class BlendedDataset(Section):
-    """Rows of several datasets in fixed proportions: over any prefix each has its share to within one row."""
+    """Rows of several datasets in fixed proportions: over any prefix each has its share to within one row.
+
+    Weights that are no fractions of a period below 524,288 rows are rounded to the best one.
+    """
 
     type: Literal["blended"]
     """`blended`."""

@@ -132,7 +132,10 @@ def can_export(architecture: Architecture, family: str) -> str | None:
             return "format llama has no sliding window (mistral has)"
     if family == "qwen2":
         if biases != (True, False, False):
-            return "format qwen2 has biases on query, key and value and nowhere else (add_linear_biases: only_attn_qkv)"
+            return (
+                "format qwen2 has biases on query, key and value alone, this model has "
+                f"{'others' if any(biases) else 'none (llama holds it)'}; see add_linear_biases: only_attn_qkv"
+            )
         if architecture.window_size is not None:
             return "format qwen2 has no sliding window in every layer (mistral has)"
     if family == "mistral" and any(biases):

@@ -237,6 +237,11 @@ def _starting_point(
         )
     if document.get(("pretrained", "model_weights"), True) is True and not any(folder.glob("*.safetensors")):
         warnings.append(f"{origin}: pretrained.path: {folder} has no weights (*.safetensors)")
+    if isinstance(name, str) and base.get(BASE_MODEL) != values:
+        origin_of_preset = document.origin(("model", "preset"))
+        warnings.append(
+            f"{origin_of_preset}: model.preset {name} has no effect: the shape is that of pretrained.path {folder}"
+        )
     from_folder = Document({}, {}, document.name)
     from_folder.put(BASE_MODEL, values, str(folder / "config.json"))
     base.merge(from_folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -82,7 +83,11 @@ class LearningRateConfig(Section):
         return problems
 
     def _schedule_problems(self) -> list[str]:
-        others = sorted(self.model_fields_set - {"schedule"})
+        # A key at its default says nothing: a saved configuration has all of them.
+        defaults = {
+            name: field.default for name, field in type(self).model_fields.items() if name != "schedule"
+        }
+        others = sorted(name for name, default in defaults.items() if getattr(self, name) != default)
         if others:
             return [
                 f"schedule describes the whole learning rate; remove {', '.join(others)}, or remove schedule"
@@ -116,8 +121,11 @@ def _stage(text: str) -> Stage:
     begin = rates[0]
     end = rates[1] if len(rates) > 1 else begin
     power = rates[2] if len(rates) > 2 else 1.0
-    if steps == 0 or min(begin, end) < 0 or power <= 0:
-        raise ValueError(f"'{text.strip()}': steps must not be 0, rates must be >= 0 and the power > 0")
+    possible = all(math.isfinite(rate) for rate in rates) and min(begin, end) >= 0 and power > 0
+    if steps == 0 or not possible:
+        raise ValueError(
+            f"'{text.strip()}': steps must not be 0, rates must be finite and >= 0, the power > 0"
+        )
     if parts[0] == "constant" and end != begin:
         raise ValueError(f"'{text.strip()}': a constant stage has one rate")
     if parts[0] != "constant" and (steps < 0 or len(rates) < 2):

@@ -246,6 +246,11 @@ class PrepareConfig(Section):
     distributed: DistributedPrepareConfig = Field(default_factory=DistributedPrepareConfig)
     """Several machines: not supported yet."""
 
+    @field_validator("splits", mode="before")
+    @classmethod
+    def _null_is_no_split(cls, value: Any) -> Any:
+        return {} if value is None else value
+
     @field_validator("splits")
     @classmethod
     def _usable_splits(cls, value: dict[str, float]) -> dict[str, float]:

@@ -21,7 +21,13 @@ class IntervalConfig(Section):
 
     def due(self, iteration: int) -> bool:
         """Whether it happens after `iteration` (counted from 1)."""
-        return self.interval is not None and (iteration - self.offset) % self.interval == 0
+        return self.ordinal(iteration) is not None
+
+    def ordinal(self, iteration: int) -> int | None:
+        """How many times it has happened after `iteration`, this time included; None where it does not happen then."""
+        if self.interval is None or (iteration - self.offset) % self.interval:
+            return None
+        return (iteration - self.offset % self.interval) // self.interval + bool(self.offset % self.interval)
 
 
 class LogsConfig(IntervalConfig):
@@ -81,7 +87,8 @@ class CheckpointConfig(IntervalConfig):
     interval: int | None = Field(default=None, gt=0)
     """Every how many iterations; null: only at the end."""
     keep: int | None = Field(default=5, gt=0)
-    """How many of the newest checkpoints on the interval stay, in checkpoints; null: all."""
+    """How many of the newest checkpoints on the interval stay, in checkpoints; null: all. One off the interval (the last of
+    a run that was stopped or has ended) goes once there is a newer one."""
     keep_every: int | None = Field(default=None, gt=0)
     """Checkpoints whose number is a multiple of this stay for ever, in checkpoints (every n-th save); null: none."""
 
@@ -133,6 +140,14 @@ class TrainingConfig(Section):
         if not isinstance(value, dict):
             return value
         return {name: _with_dataset_name(name, entry) for name, entry in value.items()}
+
+    @model_validator(mode="after")
+    def _test_is_taken(self) -> TrainingConfig:
+        if self.test_iters and "test" in self.evaluators:
+            raise ValueError(
+                "an evaluator cannot be called 'test' beside test_iters, which is called so; rename it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _shutdown_at_checkpoints(self) -> TrainingConfig:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modelyard.data.store import MASK_LANE
 from modelyard.errors import UserError
 
 if TYPE_CHECKING:  # The train step imports this module where there is no pydantic.
@@ -20,8 +21,6 @@ IGNORED = -100
 """Label of a position that has no target."""
 PADDING_TOKEN = 0
 """Input where a row has no document; never a target, and a segment of its own, so its value changes nothing."""
-MASK_LANE = "loss_mask"
-"""Lane of a token store: 1 where a token must not be a target."""
 
 
 @dataclass(frozen=True)

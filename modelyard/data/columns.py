@@ -33,7 +33,6 @@ class ColumnWriter:
     def finish(self) -> None:
         if self.rows:
             self._write(self.rows)
-        self.parquet.close()
 
     def _write(self, rows: list[tuple[str | None, ...]]) -> None:
         columns = [pa.array(values, pa.string()) for values in zip(*rows, strict=True)]
@@ -49,6 +48,9 @@ def column_writer(names: Sequence[str], writer: StoreWriter) -> Iterator[ColumnW
     schema = pa.schema([(name, pa.string()) for name in names])
     with (writer.temporary / FILE).open("wb") as file:
         columns = ColumnWriter(pq.ParquetWriter(file, schema, compression="zstd"), schema)
-        yield columns
-        columns.finish()
+        try:
+            yield columns
+            columns.finish()
+        finally:
+            columns.parquet.close()  # Also where something failed: its destructor would write to a closed file.
     writer.include(FILE)

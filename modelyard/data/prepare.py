@@ -28,7 +28,7 @@ from modelyard.data.output import RECORD, existing_record, output_folder
 from modelyard.data.progress import Progress, duration
 from modelyard.data.sources import Source, open_source
 from modelyard.data.splits import deal
-from modelyard.data.store import TOKEN_TYPES, StoreWriter, token_type, write_synced
+from modelyard.data.store import MASK_LANE, TOKEN_TYPES, StoreWriter, token_type, write_synced
 from modelyard.data.tokenizer import (
     DocumentFrame,
     SpecialToken,
@@ -218,7 +218,7 @@ def _store(writer: StoreWriter, columns: ColumnWriter | None, result: Tokenized,
         of_token = np.repeat(chosen, result.lengths)
         lengths, tokens = result.lengths[chosen], result.tokens[of_token]
         mask = None if result.mask is None else result.mask[of_token]
-    writer.extend(lengths, tokens, None if mask is None else {"loss_mask": mask})
+    writer.extend(lengths, tokens, None if mask is None else {MASK_LANE: mask})
     if columns is not None:
         columns.add([result.columns[i] for i in np.flatnonzero(chosen)])
 
@@ -231,7 +231,7 @@ def _store_writer(config: PrepareConfig, job: Job, path: Path) -> StoreWriter:
         path,
         vocab_size=job.tokenizer.vocab_size,
         dtype=job.dtype,
-        lanes={"loss_mask": "uint8"} if job.spans else {},
+        lanes={MASK_LANE: "uint8"} if job.spans else {},
         tokens_per_shard=config.tokens_per_shard,
         tokenizer_files=job.tokenizer.files(),
         description={

@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -103,6 +103,10 @@ class Rows(ABC, Generic[BlockT]):
     @abstractmethod
     def row(self, index: int) -> list[Piece]:
         """What row `index` holds, in order; at most `sequence_length + 1` tokens."""
+
+    @abstractmethod
+    def one_pass(self) -> Iterator[list[Piece]]:
+        """The rows that hold every (usable) document of the first epoch once, and nothing of the next."""
 
     @abstractmethod
     def rows_per_epoch(self) -> float:
@@ -227,6 +231,18 @@ class CutRows(Rows[_Stream]):
             self._shuffle = (block, keyed_shuffle(key, end - begin))
         return begin + int(self._shuffle[1][index - begin])
 
+    def one_pass(self) -> Iterator[list[Piece]]:
+        """As `row`, but the cut that reaches into the next epoch ends with this one."""
+        for index in range(-(-self.dataset.num_tokens // self.sequence_length)):
+            left = self.dataset.num_tokens - self._place(index) * self.sequence_length
+            pieces = []
+            for document, begin, end in self.row(index):
+                end = min(end, begin + left)
+                left -= end - begin
+                if begin < end:
+                    pieces.append(Piece(document, begin, end))
+            yield pieces
+
     def rows_per_epoch(self) -> float:
         """Exact: tokens ÷ sequence length."""
         return self.dataset.num_tokens / self.sequence_length
@@ -275,6 +291,13 @@ class WholeRows(Rows[_Packing]):
         members = packing.packed.members[packing.packed.bounds[row] : packing.packed.bounds[row + 1]]
         documents, lengths = packing.documents[members].tolist(), packing.lengths[members].tolist()
         return [Piece(document, 0, length) for document, length in zip(documents, lengths)]
+
+    def one_pass(self) -> Iterator[list[Piece]]:
+        """The packed rows of the first epoch's blocks."""
+        blocks = self.order.blocks_per_cycle
+        self._find(0)  # An error, rather than no row, where no document fits.
+        self.table.grow(blocks)
+        return (self.row(index) for index in range(self.table.first[blocks]))
 
     def rows_per_epoch(self) -> float:
         """Exact for a dataset of a few blocks, else as the first ones have it; always the same number."""

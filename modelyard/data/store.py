@@ -21,6 +21,9 @@ import numpy as np
 from modelyard.errors import UserError, missing_path
 from modelyard.files import sha256, sync
 
+MASK_LANE = "loss_mask"
+"""Lane of uint8: 1 where a token must not be a target."""
+
 FORMAT = "modelyard-tokens"
 VERSION = 1
 OFFSET_INTERVAL = 256

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from math import ceil
 from pathlib import Path
 from queue import Queue
 from threading import Event, Lock, Thread
 from time import perf_counter
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from modelyard.config.data import BlendedDataset, DatasetConfig, SampledDataset, SamplingConfig
-from modelyard.data.batch import MASK_LANE, Batch, assemble
 from modelyard.data.blend import Blend
-from modelyard.data.datasets import open_dataset
+from modelyard.data.datasets import IndexedDataset, open_dataset
 from modelyard.data.order import DocumentOrder, derive_key
 from modelyard.data.resolve import resolve
-from modelyard.data.rows import CutRows, Rows, WholeRows
+from modelyard.data.rows import CutRows, Piece, Rows, WholeRows
+from modelyard.data.store import MASK_LANE
 from modelyard.errors import UserError
+
+if TYPE_CHECKING:
+    from modelyard.data.batch import Batch
 
 
 class BatchShape(Protocol):
@@ -97,6 +100,13 @@ class DataStream:
         with self._lock:
             located = [self._tree.locate(index) for index in range(begin, end)]
             pieces = [(leaf.rows.dataset, leaf.rows.row(index)) for leaf, index in located]
+        return self._assemble(pieces)
+
+    def _assemble(self, pieces: Sequence[tuple[IndexedDataset, Sequence[Piece]]]) -> Batch:
+        from modelyard.data.batch import (
+            assemble,  # torch: a stream is opened without it to see what the data is
+        )
+
         return assemble(
             pieces,
             sequence_length=self._batch.sequence_length,
@@ -110,10 +120,21 @@ class DataStream:
         """The tokenizer that came with the data: the first there is, in the order in which datasets were written."""
         return next(filter(None, (leaf.rows.dataset.tokenizer_folder for leaf in self._leaves)), None)
 
-    def batches_per_epoch(self) -> int:
-        """Batches that hold as many rows as all datasets together have, rounded up; always the same number."""
+    def one_pass(self) -> Iterator[Batch]:
+        """Batches that hold every document once, whatever the batch size; the last one may be short.
+
+        Raises:
+            UserError: a blend has no end of its own: its parts run out at different rows.
+        """
+        if not isinstance(self._tree, _Leaf):
+            raise UserError(
+                f"data.datasets.{self.name} is blended: say how much of it is read (evaluator.iterations)"
+            )
+        leaf = self._tree
         with self._lock:
-            return ceil(sum(leaf.rows.rows_per_epoch() for leaf in self._leaves) / self._batch.batch_size)
+            rows = [(leaf.rows.dataset, pieces) for pieces in leaf.rows.one_pass()]
+        for begin in range(0, len(rows), self._batch.batch_size):
+            yield self._assemble(rows[begin : begin + self._batch.batch_size])
 
     def statistics(self, rows: int = 0) -> dict[str, Any]:
         """Facts about the data, and how often `rows` rows go through it. Plain values, for messages and logs.
@@ -198,6 +219,11 @@ class DataStream:
             raise UserError(
                 f"{dataset.name} has no loss mask, but batch.use_loss_masking_spans is set: "
                 "prepare it with dataset.loss_masking_spans"
+            )
+        if (dataset.vocab_size or 0) > self._vocab_size:
+            raise UserError(
+                f"{dataset.name} was prepared with a tokenizer of {dataset.vocab_size:,} tokens, the model has "
+                f"vocab_size {self._vocab_size:,}; prepare it with the model's tokenizer, or raise model.base_model.vocab_size"
             )
         passes = 1
         if sampling.shuffle == "full" and total_rows:

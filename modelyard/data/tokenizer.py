@@ -188,7 +188,8 @@ def _folder(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=[*TOKENIZER_FILES, *LICENSE_FILES]))
     except Exception as error:  # offline, no such name, no rights: each its own class, over several libraries
         raise UserError(
-            f"tokenizer '{name}' is not a folder here and could not be fetched from the Hub: {first_line(error)}"
+            f"tokenizer '{name}' is not a folder here and could not be fetched from the Hub ({first_line(error)}); "
+            "`modelyard tokenizer train` makes one"
         ) from None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from modelyard.errors import UserError, missing_path
@@ -43,13 +44,18 @@ def generate_command(options: argparse.Namespace) -> int:
     # The roundings of transformers, so that greedy text in bf16 is the same there and here.
     decoder.rotary_dtype = decoder.output_weight.dtype
     generator = Generator(decoder, tokenizer_folder)
+    limit = model.architecture.max_position_embeddings
+    longest = max(len(generator.encode(prompt)) for prompt in prompts) + options.max_new_tokens
+    if limit is not None and longest > limit:
+        print(
+            f"warning: up to {longest:,} tokens are asked for, the model was made for {limit:,}",
+            file=sys.stderr,
+        )
     for number, prompt in enumerate(prompts):
         if options.json:
             completion = generator.complete(prompt, sampling)
-            print(
-                json.dumps({"prompt": prompt, "text": completion.text, "token_ids": completion.token_ids}),
-                flush=True,
-            )
+            line = {"prompt": prompt, "text": completion.text, "token_ids": completion.token_ids}
+            print(json.dumps(line, ensure_ascii=False), flush=True)
             continue
         print(("\n" if number else "") + prompt, end="", flush=True)
         for piece in generator.stream(prompt, sampling):

@@ -43,6 +43,11 @@ class Generator:
         """
         self.model = model
         self.tokenizer = _load_tokenizer(folder)
+        vocabulary = model.architecture.vocab_size
+        if len(self.tokenizer) > vocabulary:
+            raise UserError(
+                f"the tokenizer in {folder} has {len(self.tokenizer):,} tokens, the model {vocabulary:,}: it is another's"
+            )
         self.stop_ids = _stop_ids(folder, self.tokenizer)
         self._start_id = _start_id(folder, self.tokenizer)
 

@@ -149,6 +149,9 @@ def find_checkpoint(path: Path) -> Path | None:
     if (path / "state.json").is_file() and (path / ".metadata").is_file():
         return path
     for directory in (path / "checkpoint", path):
-        if found := numbered_folders(directory):
-            return found[-1]
+        if found := [
+            folder for folder in numbered_folders(directory) if not (folder / "config.json").exists()
+        ]:
+            # The newest that is whole; where none is, opening the newest says what is wrong with it.
+            return next((folder for folder in reversed(found) if not Checkpoint.problems(folder)), found[-1])
     return None

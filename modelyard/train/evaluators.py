@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,20 +32,22 @@ def evaluate_loss(
     model: Decoder,
     stream: DataStream,
     *,
-    iterations: int,
+    iterations: int | None,
     micro_batch_size: int,
     options: LossOptions,
     device: torch.device,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """Loss over the first `iterations` batches of `stream`, the same ones each time; None when `stop` cut it short."""
+    """Loss over the first `iterations` batches of `stream`, the same ones each time; None: over every document once.
+
+    Returns None when `stop` cut it short.
+    """
     total = torch.zeros((), dtype=torch.float64, device=device)
     targets = 0
     with torch.no_grad():
-        for index in range(iterations):
+        for batch in stream.one_pass() if iterations is None else map(stream.batch, range(iterations)):
             if stop():
                 return None
-            batch = stream.batch(index)
             targets += batch.num_targets
             for micro_batch in micro_batches(batch, micro_batch_size, device):
                 total += loss_sum(model, micro_batch, options)
@@ -73,7 +76,7 @@ class Evaluators:
             for name, entry in entries.items()
             if isinstance(entry.evaluator, LossEvaluatorConfig)
         }
-        if config.training.test_iters:
+        if config.training.test_iters:  # No evaluator has this name: the config refuses it.
             self._streams["test"] = open_stream(config, "test", architecture)
         if tokenizer_folder is None and any(
             isinstance(e.evaluator, SamplesEvaluatorConfig) for e in entries.values()
@@ -100,7 +103,7 @@ class Evaluators:
         evaluation = evaluate_loss(
             model,
             stream,
-            iterations=iterations or stream.batches_per_epoch(),
+            iterations=iterations,
             micro_batch_size=self._config.batch.micro_batch_size,
             options=self._options,
             device=self._device,
@@ -114,7 +117,7 @@ class Evaluators:
         return {
             "iteration": iteration,
             "evaluator": name,
-            "loss": evaluation.loss,
+            "loss": evaluation.loss if math.isfinite(evaluation.loss) else None,
             "targets": evaluation.targets,
             "seconds": time.perf_counter() - begin,
         }

@@ -10,6 +10,7 @@ import torch
 from modelyard.config.architecture import Architecture
 from modelyard.config.train import TrainConfig
 from modelyard.errors import UserError, missing_path
+from modelyard.files import numbered_folders
 from modelyard.model.formats import WeightSource, export_huggingface, open_huggingface
 from modelyard.train.checkpoint import Checkpoint, find_checkpoint
 from modelyard.train.weights import DTYPES
@@ -73,6 +74,9 @@ def open_model(path: Path) -> OpenModel:
     """A checkpoint, an experiment's newest checkpoint, or a Hugging Face folder. Raises UserError otherwise."""
     if not path.exists():
         raise UserError(f"model {missing_path(path)}")
+    exports = [folder for folder in numbered_folders(path) if (folder / "config.json").is_file()]
+    if exports:
+        path = exports[-1]  # `EXPERIMENT_DIR/export/llama` means its newest
     if (path / "config.json").is_file():
         model = open_huggingface(path)
         return OpenModel(model.weights, model.architecture, model.family, path, True, path)

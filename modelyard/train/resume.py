@@ -13,7 +13,15 @@ from modelyard.train.checkpoint import Checkpoint
 from modelyard.train.schedule import learning_rate
 
 # Where a change cannot alter what was already trained: how it is computed, not what.
-_FREE = ("batch.micro_batch_size", "data.sampling.gpu", "model.base_model.cross_entropy_impl")
+_FREE = (
+    "batch.micro_batch_size",
+    "batch.sequential_micro_batches",
+    "data.sampling.gpu",
+    "model.base_model.cross_entropy_impl",
+    # Once there is a checkpoint, nothing is read from there.
+    "pretrained.path",
+    "pretrained.format",
+)
 _BOUND = ("batch", "data.sampling", "optimizer", "pretrained", "model.base_model", "model.distributed")
 _BOUND_IN_DISTRIBUTED = ("seed", "training_dtype")
 
@@ -82,19 +90,20 @@ def refuse_changes(
         difference = schedule_difference(old_rates, new_rates, checkpoint.state["optimizer_steps"])
         differences += [difference] if difference else []
     if checkpoint.architecture != architecture:
-        before, now = (
-            flatten(dataclasses.asdict(checkpoint.architecture)),
-            flatten(dataclasses.asdict(architecture)),
-        )
-        differences += [
-            f"architecture.{k}: was {before[k]!r}, is now {now[k]!r}" for k in now if before[k] != now[k]
-        ]
+        if not any(line.startswith("model.base_model") for line in differences):
+            before, now = (
+                flatten(dataclasses.asdict(shape)) for shape in (checkpoint.architecture, architecture)
+            )
+            differences += [
+                f"architecture.{k}: was {before[k]!r}, is now {now[k]!r}" for k in now if before[k] != now[k]
+            ]
         # Another shape cannot go on at all; --force does not help.
         if checkpoint.architecture.parameter_shapes() != architecture.parameter_shapes():
             force = False
-    if checkpoint.state["data_fingerprint"] != data_fingerprint:
+    explained = any(line.startswith(("data.sampling", "batch.")) for line in differences)
+    if checkpoint.state["data_fingerprint"] != data_fingerprint and not explained:
         differences.append(
-            "data.datasets.training: the documents are not those that this run was trained on so far"
+            "data.datasets.training: the rows are not those that this run was trained on so far"
         )
     if differences and not force:
         raise UserError(

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +78,11 @@ class Run:
         )
 
         checkpoint, damaged = newest_usable(self.folder / "checkpoint")
+        if damaged and checkpoint is None and not force:
+            raise UserError(
+                *damaged.values(),
+                f"every checkpoint in {self.folder / 'checkpoint'} is damaged; --force sets them aside and starts anew",
+            )
         for path, problem in damaged.items():
             console.line(f"warning: checkpoint {path} is damaged ({problem}); set aside as {set_aside(path)}")
         if checkpoint is not None:
@@ -143,16 +148,19 @@ class Run:
                 config=self.config.model_dump(mode="json"),
             )
             self.console.line(f"saved {destination} in {time.perf_counter() - begin:.1f} s")
-        prune(directory, keep=settings.keep, forever=_kept_forever(settings.interval, settings.keep_every))
+        prune(directory, keep=settings.keep, keep_every=settings.keep_every, ordinal=settings.ordinal)
 
-    def export(self) -> None:
-        """Write the Hugging Face folder of this iteration, unless it is there."""
+    def export(self, *, replace: bool) -> None:
+        """Write the Hugging Face folder of this iteration; with `replace` also where there is one of other weights."""
         from modelyard.train.export import export_weights
 
         settings = self.config.training.export
         assert settings.format is not None
         directory = self.folder / "export" / settings.format
         destination = directory / str(self.progress.iteration)
+        if replace and destination.exists():
+            # From before this run went back to an earlier checkpoint, perhaps with other settings.
+            shutil.rmtree(destination)
         if not destination.exists():
             export_weights(
                 self.weights.master,
@@ -162,7 +170,7 @@ class Run:
                 tokenizer_folder=self.tokenizer_folder,
             )
             self.console.line(f"exported {destination}")
-        prune(directory, keep=settings.keep, forever=_kept_forever(settings.interval, settings.keep_every))
+        prune(directory, keep=settings.keep, keep_every=settings.keep_every, ordinal=settings.ordinal)
 
     def keep_tokenizer(self) -> None:
         """Copy the data's tokenizer into the experiment, so that its checkpoints can be used without the data."""
@@ -214,12 +222,6 @@ class Run:
             )
 
 
-def _kept_forever(interval: int | None, keep_every: int | None) -> Callable[[int], bool]:
-    """Whether an iteration's folder is one of every `keep_every`-th on the interval."""
-    every = interval * keep_every if interval and keep_every else None
-    return lambda iteration: every is not None and iteration % every == 0
-
-
 class IntervalMeter:
     """Means and speed since the last log line, over steps alone (evaluations and saves are not counted)."""
 
@@ -257,6 +259,8 @@ def train(loaded: Loaded, *, force: bool = False) -> int:
     except OSError as error:
         raise UserError(f"run.experiment_dir: {folder} cannot be written to: {error.strerror}") from None
     with only_one(folder / ".lock", f"another process is training in {folder} at this moment"):
+        for unfinished in (*folder.glob("checkpoint/*.tmp"), *folder.glob("export/*/*.tmp")):
+            shutil.rmtree(unfinished, ignore_errors=True)  # left over by a run that was killed
         console = Console()
         try:
             run = Run(config, loaded.architecture, force=force, console=console)
@@ -282,7 +286,8 @@ def _train(run: Run, notices: list[str]) -> int:
     with run.stop, closing(console), closing(log):
         if begin_iteration or run.finished:
             # What a kill or a signal cut off after this iteration's checkpoint was written.
-            _side_work(run, log, done=log.evaluated)
+            done = log.evaluated if training.train_iters else ()
+            _side_work(run, log, resumed=True, done=done)
 
         begin = time.perf_counter()
         for result, rate, data_wait in run.steps():
@@ -308,13 +313,16 @@ def _train(run: Run, notices: list[str]) -> int:
                 return 0
             begin = time.perf_counter()
 
-        if training.test_iters and (test := run.evaluators.test(run.model, progress.iteration)) is not None:
-            log.write(test, prefix="test")
+        tested = progress.iteration == begin_iteration and "test" in log.evaluated
+        if training.test_iters and not tested:
+            test = run.evaluators.test(run.model, progress.iteration)
+            if test is not None:
+                log.write(test, prefix="test")
         _farewell(run)
     return 0
 
 
-def _side_work(run: Run, log: MetricsLog, *, done: Collection[str] = ()) -> None:
+def _side_work(run: Run, log: MetricsLog, *, resumed: bool = False, done: Collection[str] = ()) -> None:
     """What is due beside training after this iteration: evaluators (those `done` left out), checkpoint, export."""
     training, iteration = run.config.training, run.progress.iteration
     for name, entry in training.evaluators.items():
@@ -327,7 +335,7 @@ def _side_work(run: Run, log: MetricsLog, *, done: Collection[str] = ()) -> None
     if training.checkpoint.due(iteration) or run.finished or run.stop:
         run.save()
     if not run.stop and (training.export.due(iteration) or (run.finished and training.export.interval)):
-        run.export()
+        run.export(replace=not resumed)
 
 
 def _training_record(
@@ -358,20 +366,31 @@ def _announce(run: Run, notices: list[str]) -> None:
     console.line(
         f"{run.architecture.parameter_count():,} parameters, {config.model.distributed.training_dtype} on "
         f"{run.device.type} ({torch.get_num_threads()} threads), {config.batch.tokens:,} tokens an iteration "
-        f"({config.batch.micro_batches} micro-batches)"
+        f"(micro-batches of {config.batch.micro_batch_size})"
     )
     for line in run.stream.describe():
         console.line(line)
-    if run.progress.iteration:
-        console.line(f"resuming from {run.folder / 'checkpoint' / str(run.progress.iteration)}")
+    iteration, train_iters = run.progress.iteration, config.training.train_iters
+    if iteration:
+        console.line(f"resuming from {run.folder / 'checkpoint' / str(iteration)}")
+    if iteration >= train_iters > 0:
+        console.line(
+            f"this run has {iteration} iterations, training.train_iters is {train_iters}: nothing to train"
+        )
 
 
 def _farewell(run: Run) -> None:
     console, folder = run.console, run.folder
     console.stop_bar()
+    if run.config.training.train_iters == 0:
+        console.line(
+            f"evaluated; training.train_iters is 0: nothing is trained or saved ({folder / 'metrics.jsonl'})"
+        )
+        return
     console.line(f"finished {run.progress.iteration} iterations, {run.progress.tokens:,} tokens")
     console.line(f"  checkpoints  {folder / 'checkpoint'}")
-    console.line(f"  metrics      {folder / 'metrics.jsonl'}, tensorboard --logdir {folder / 'tensorboard'}")
+    board = f", tensorboard --logdir {folder / 'tensorboard'}" if run.config.training.logs.tensorboard else ""
+    console.line(f"  metrics      {folder / 'metrics.jsonl'}{board}")
     if run.config.training.export.interval:
         console.line(f"  export       {folder / 'export'}")
     console.line(f"  try          modelyard generate {folder} --prompt '…'")

@@ -53,6 +53,9 @@ class SafeFileSystemReader(FileSystemReader):
         super().__init__(str(path))
         with (path / ".metadata").open("rb") as file:
             self._metadata: Metadata = _MetadataUnpickler(file).load()
+        for stored in (self._metadata.storage_data or {}).values():
+            if Path(stored.relative_path).name != stored.relative_path:
+                raise pickle.UnpicklingError(f"it names a file outside its folder: {stored.relative_path}")
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self._metadata.storage_meta is not None:

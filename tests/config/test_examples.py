@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from modelyard.config.loader import load_config
-from modelyard.config.summary import summarise
+from modelyard.plan.summary import summarise
 from tests.conftest import ROOT
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))

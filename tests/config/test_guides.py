@@ -10,8 +10,8 @@ from modelyard.config.architecture import Architecture, Rotary
 from modelyard.config.data import FileDataset, SliceDataset
 from modelyard.config.loader import Loaded, load_config
 from modelyard.config.presets import PRESETS
-from modelyard.config.summary import summarise
 from modelyard.config.training import LossEvaluatorConfig
+from modelyard.plan.summary import summarise
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_from_scratch_with_the_shape_of_a_folder_that_is_not_there(load, family:
     assert loaded.train.pretrained is not None
     assert not loaded.train.pretrained.model_weights
     assert loaded.warnings[0].endswith(
-        "pretrained.path: fast-llm-tutorial/pretrained_model does not exist (found ., but no 'fast-llm-tutorial' in it)"
+        "pretrained.path: fast-llm-tutorial/pretrained_model does not exist (there is no 'fast-llm-tutorial' in the working directory)"
     )
 
 

@@ -10,8 +10,8 @@ import pytest
 from modelyard.config.huggingface import write_config
 from modelyard.config.loader import load_config
 from modelyard.config.presets import PRESETS
-from modelyard.config.summary import resolved, yaml_text
 from modelyard.errors import UserError
+from modelyard.plan.summary import resolved, yaml_text
 from tests.config.helpers import TINY, load_tiny, problems_of, tiny_problems, write
 
 TRANSFORMER = "model.base_model.transformer"
@@ -253,8 +253,8 @@ def test_longest_position(tmp_path: Path) -> None:
 
 def test_an_export_format_that_cannot_hold_the_architecture(tmp_path: Path) -> None:
     assert tiny_problems(tmp_path, "training.export={interval: 5, format: qwen2}") == [
-        "override 1: training.export.format: format qwen2 has biases on query, key and value and nowhere else "
-        "(add_linear_biases: only_attn_qkv)"
+        "override 1: training.export.format: format qwen2 has biases on query, key and value alone, this model has none "
+        "(llama holds it); see add_linear_biases: only_attn_qkv"
     ]
     assert tiny_problems(tmp_path, "training.export={interval: 5}") == [
         "override 1: training.export: export.interval is given without export.format; write format: llama (or qwen2, mistral)"
@@ -325,8 +325,8 @@ def test_a_folder_of_another_family_without_weights_or_config(tmp_path: Path) ->
     loaded = load_config([write(tmp_path, text)])
     assert loaded.architecture is None
     assert loaded.warnings == [
-        f"{tmp_path}/config.yaml:5: pretrained.path: {folder}/config.json does not exist (found {folder}, but no "
-        "'config.json' in it)"
+        f"{tmp_path}/config.yaml:5: pretrained.path: {folder}/config.json does not exist (there is no "
+        f"'config.json' in {folder})"
     ]
 
 
@@ -470,8 +470,8 @@ def test_paths_that_are_not_there_are_warnings(tmp_path: Path, monkeypatch: pyte
         tmp_path, "data.datasets.training={type: memmap, path: tokens/training}", "data.tokenizer.path=tok"
     )
     assert loaded.warnings == [
-        "override 1: data.datasets.training: tokens/training does not exist (found ., but no 'tokens' in it)",
-        "override 2: data.tokenizer.path: tok does not exist (found ., but no 'tok' in it)",
+        "override 1: data.datasets.training: tokens/training does not exist (there is no 'tokens' in the working directory)",
+        "override 2: data.tokenizer.path: tok does not exist (there is no 'tok' in the working directory)",
     ]
 
 

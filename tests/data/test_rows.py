@@ -32,6 +32,20 @@ def test_cut_rows_by_hand():
     assert rows.rows_per_epoch() == 2.5
 
 
+@pytest.mark.parametrize("kind", [CutRows, WholeRows])
+def test_one_pass_has_every_token_once(kind):
+    lengths = np.random.default_rng(0).integers(0, 9, 25_000).tolist()
+    rows = open_rows(kind, lengths, 1000, "epoch")
+    targets = []
+    for pieces in rows.one_pass():
+        row = [t for d, b, e in pieces for t in rows.dataset.document(d, b, e).tolist()]
+        assert 0 < len(row) <= 1001
+        targets += row if kind is WholeRows else row[1:]
+    if kind is CutRows:  # the first token of the epoch is the one that is no target
+        targets += tokens(rows, [rows._place(i) for i in range(rows.table.first[1])].index(0))[:1]
+    assert sorted(targets) == list(range(sum(lengths)))
+
+
 def test_a_batch_is_not_one_long_document():
     """One document fills a tenth of the data: of the first 20 rows it gets about 2, not all."""
     rows = open_rows(CutRows, [1000] + [100] * 90, 10, "epoch")

@@ -203,11 +203,25 @@ def test_problems_of_a_whole_tree_come_together(store, others, tmp_path):
 
 
 def test_vocabulary_too_small(store):
-    stream = open_stream({"type": "memmap", "path": str(store)}, vocab_size=300)
-    with pytest.raises(
-        UserError, match=rf"token \d+ in document \d+ of {store} is outside the model's vocabulary"
-    ):
-        stream.batch(0)
+    with pytest.raises(UserError, match=rf"{store} was prepared with a tokenizer of 1,000 tokens"):
+        open_stream({"type": "memmap", "path": str(store)}, vocab_size=300)
+
+
+def test_one_pass_does_not_depend_on_the_batch_size(store):
+    """Every document once: with documents isolated all tokens but the first of each piece are targets."""
+    config = {"type": "memmap", "path": str(store)}
+    counts = set()
+    for size in (1, 4, 7, 1000):
+        batches = list(open_stream(config, batch_size=size, micro_batch_size=1).one_pass())
+        assert sum(map(len, batches)) == -(-TokenStore(store).num_tokens // 16)
+        counts.add(sum(batch.num_targets for batch in batches))
+    assert counts == {TokenStore(store).num_tokens - 1}
+
+
+def test_one_pass_over_a_blend_is_refused(store):
+    part = {"type": "memmap", "path": str(store)}
+    with pytest.raises(UserError, match=r"blended: say how much of it is read \(evaluator.iterations\)"):
+        next(open_stream({"type": "blended", "datasets": [part, part], "weights": [1, 2]}).one_pass())
 
 
 def test_statistics_and_description(store):
@@ -217,7 +231,6 @@ def test_statistics_and_description(store):
     tokens = facts["tokens"]
     assert facts["documents"] == 400
     assert facts["datasets"][0]["epochs"] == 400 * 16 / tokens
-    assert cut.batches_per_epoch() == -(-tokens // 64)
     assert cut.describe() == [
         f"training: {store}: 400 documents, {tokens:,} tokens, {tokens / 16:,.1f} rows an epoch"
     ]

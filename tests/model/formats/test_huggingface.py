@@ -178,7 +178,7 @@ class Failing(Memory):
 
 def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
     model = ours(reference_model("llama-2"))
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(UserError, match="no space left"):
         export_huggingface(Failing(model), tmp_path / "out", architecture=model.architecture, family="llama")
     assert list(tmp_path.iterdir()) == []
 

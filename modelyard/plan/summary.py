@@ -24,14 +24,18 @@ from modelyard.config.loader import Loaded
 from modelyard.config.model import base_model_of
 from modelyard.config.optimizer import LearningRateConfig
 from modelyard.config.prepare import PrepareConfig
-from modelyard.config.stores import Source, sources
 from modelyard.config.train import TrainConfig
+from modelyard.data.stream import DataStream
 from modelyard.errors import UserError, missing_path
 from modelyard.train.schedule import learning_rate
 
 _PLOT_COLUMNS = 60
 _PLOT_ROWS = 6
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
+
+
+ANY_VOCABULARY = 2**31
+"""Stands for a vocabulary that is not known yet."""
 
 
 def summarise(loaded: Loaded) -> tuple[str, list[str], list[str]]:
@@ -160,34 +164,43 @@ def _packing(config: TrainConfig) -> str:
 def _data_rows(
     config: TrainConfig, architecture: Architecture | None, problems: list[str], warnings: list[str]
 ) -> list[tuple[str, str]]:
+    """Opens the data as training would; what is there and cannot be used is a problem, what is not there a warning."""
     rows = []
+    steps = config.batch.batch_size * config.training.train_iters
     for name, dataset in config.data.datasets.items():
-        try:
-            found = sources(dataset, config.batch.sequence_length)
-        except UserError as error:
-            if not any(f"data.datasets.{name}: " in warning for warning in warnings):
-                warnings += [f"data.datasets.{name}: {problem}" for problem in error.problems]
+        if any(f"data.datasets.{name}: " in warning for warning in warnings):
             rows.append((name, "not there yet"))
             continue
-        rows += [(name, _source_text(config, name, source)) for source in found]
-        for source in found:
-            if architecture is not None and (source.vocab_size or 0) > architecture.vocab_size:
-                problems.append(
-                    f"data.datasets.{name}: {source.name} holds tokens up to {source.vocab_size:,}, but the model has "
-                    f"vocab_size {architecture.vocab_size:,}; prepare it with the model's tokenizer, or raise "
-                    "model.base_model.vocab_size"
-                )
+        try:
+            stream = DataStream(
+                dataset,
+                name=name,
+                sampling=config.data.sampling,
+                batch=config.batch,
+                vocab_size=architecture.vocab_size if architecture else ANY_VOCABULARY,
+                total_rows=steps if name == "training" else None,
+            )
+            found = stream.statistics(steps)["datasets"]
+        except UserError as error:
+            absent = all("does not exist" in problem for problem in error.problems)
+            (warnings if absent else problems).extend(
+                f"data.datasets.{name}: {problem}" for problem in error.problems
+            )
+            rows.append((name, "not there yet" if absent else "cannot be used"))
+            continue
+        rows += [(name, _source_text(name, facts)) for facts in found]
     return rows
 
 
-def _source_text(config: TrainConfig, name: str, source: Source) -> str:
-    text = f"{source.tokens:,} tokens in {source.documents:,} documents"
-    if source.share < 1:
-        text += f", {source.share:.1%} of the rows"
-    if name == "training" and source.tokens:
-        read = config.batch.tokens * config.training.train_iters * source.share
-        text += f": {read / source.tokens:.2f} epochs"
-    return f"{text} ({source.name})"
+def _source_text(name: str, facts: dict[str, Any]) -> str:
+    text = f"{facts['tokens']:,} tokens in {facts['documents']:,} documents"
+    if facts["share"] < 1:
+        text += f", {facts['share']:.1%} of the rows"
+    if name == "training":
+        text += f": {facts['epochs']:.2f} epochs"
+    if facts["over_long_documents"]:
+        text += f"; {facts['over_long_documents']:,} of {facts['documents_seen']:,} documents are longer than a row and left out"
+    return f"{text} ({facts['name']})"
 
 
 def _compute_rows(config: TrainConfig, architecture: Architecture) -> list[tuple[str, str]]:

@@ -6,14 +6,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from modelyard.config.loader import load_config
 from modelyard.config.optimizer import LearningRateConfig
-from modelyard.config.summary import plot, summarise
+from modelyard.data.store import StoreWriter
+from modelyard.plan.summary import plot, summarise
 from tests.config.helpers import TINY, load_tiny, write
-from tests.config.test_stores import store
 from tests.conftest import ROOT
+
+
+def store(folder: Path, documents: int, tokens: int, vocab_size: int = 100) -> dict[str, str]:
+    """A token store of equally long documents."""
+    with StoreWriter(folder, vocab_size=vocab_size) as writer:
+        for _ in range(documents):
+            writer.append(np.zeros(tokens // documents, dtype=np.uint32))
+    return {"type": "memmap", "path": str(folder)}
 
 
 def llama(folder: Path, *overrides: str) -> str:
@@ -47,7 +56,7 @@ def test_epochs_over_the_data(tmp_path: Path) -> None:
     assert (problems, warnings) == ([], [])
     # 100 iterations of 256 tokens, half from each.
     assert f"training  12,800 tokens in 10 documents, 50.0% of the rows: 1.00 epochs ({a['path']})" in text
-    assert f"training  6,400 tokens in 30 documents, 50.0% of the rows: 2.00 epochs ({b['path']})" in text
+    assert f"training  6,390 tokens in 30 documents, 50.0% of the rows: 2.00 epochs ({b['path']})" in text
 
 
 def test_data_of_another_vocabulary_is_a_problem(tmp_path: Path) -> None:
@@ -55,8 +64,8 @@ def test_data_of_another_vocabulary_is_a_problem(tmp_path: Path) -> None:
     loaded = load_tiny(tmp_path, f"data.datasets.training={{type: memmap, path: {a['path']}}}")
     _, problems, _ = summarise(loaded)
     assert problems == [
-        f"data.datasets.training: {a['path']} holds tokens up to 513, but the model has vocab_size 512; prepare it with "
-        "the model's tokenizer, or raise model.base_model.vocab_size"
+        f"data.datasets.training: {a['path']} was prepared with a tokenizer of 513 tokens, the model has vocab_size 512; "
+        "prepare it with the model's tokenizer, or raise model.base_model.vocab_size"
     ]
 
 
@@ -130,15 +139,51 @@ def test_the_learning_rate_drawn() -> None:
     assert plot(LearningRateConfig(base=0.0), 10)
 
 
-@pytest.mark.parametrize("module", ["summary", "loader", "schema", "huggingface", "presets"])
+@pytest.mark.parametrize(
+    "module", ["modelyard.config.loader", "modelyard.plan.summary", "modelyard.config.schema"]
+)
 def test_no_torch_no_transformers_and_quick(module: str) -> None:
     code = (
         "import sys, time; start = time.perf_counter()\n"
-        f"import modelyard.config.{module}\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'datasets', 'tokenizers', 'safetensors'} & set(sys.modules)\n"
+        f"import {module}\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'tokenizers', 'safetensors'} & set(sys.modules)\n"
         "print(heavy, time.perf_counter() - start < 5)"
     )
     output = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     assert output == "set() True\n"
+
+
+def test_data_that_is_there_and_cannot_be_used_is_a_problem(tmp_path: Path) -> None:
+    """What training would refuse: torn files, no document that fits, no mask."""
+    a = store(tmp_path / "a", 10, 1000)
+    named = f"data.datasets.training={{type: memmap, path: {a['path']}}}"
+    _, problems, _ = summarise(load_tiny(tmp_path, named, "batch.use_loss_masking_spans=yes"))
+    assert len(problems) == 1
+    assert "has no loss mask" in problems[0]
+    text, problems, _ = summarise(
+        load_tiny(tmp_path, named, "batch.truncate_documents=no", "batch.sequence_length=32")
+    )
+    assert len(problems) == 1
+    assert "no document fits in a row of sequence_length + 1 = 33 tokens" in problems[0]
+    assert "training  cannot be used" in text
+    tokens = tmp_path / "a" / "tokens_00000.bin"
+    tokens.write_bytes(tokens.read_bytes()[:-1])
+    _, problems, _ = summarise(load_tiny(tmp_path, named))
+    assert len(problems) == 1
+    assert "tokens_00000.bin" in problems[0]
+
+
+def test_epochs_of_packed_documents_count_rows(tmp_path: Path) -> None:
+    """Documents of 40 tokens, one a row of 65: 100 iterations of 4 rows are 40 epochs of 10 documents."""
+    a = store(tmp_path / "a", 10, 400)
+    settings = [
+        "batch.truncate_documents=no",
+        "batch.sequence_length=64",
+        "batch.batch_size=4",
+        "batch.micro_batch_size=4",
+    ]
+    loaded = load_tiny(tmp_path, f"data.datasets.training={{type: memmap, path: {a['path']}}}", *settings)
+    text, _, _ = summarise(loaded)
+    assert "400 tokens in 10 documents: 40.00 epochs" in text

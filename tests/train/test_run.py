@@ -1,0 +1,178 @@
+"""What happens around the steps: skips, the rate's own count, precision, folders that stay. In one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import modelyard.train.run as run_module
+from modelyard.config.loader import Loaded, load_config
+from modelyard.errors import RunFailed, UserError
+from modelyard.train.checkpoint import Checkpoint
+from modelyard.train.console import Console
+from modelyard.train.run import Run, train
+from modelyard.train.step import StepResult, train_step
+
+CONFIG = """\
+training:
+  train_iters: 12
+  logs: {interval: 1, tensorboard: no}
+  checkpoint: {interval: 2, offset: 1, keep: 2, keep_every: 2}
+batch: {sequence_length: 16, batch_size: 4}
+data: {datasets: {training: {type: random, num_documents: 50, document_length: 20}, held_out: {type: random}}}
+optimizer: {learning_rate: {base: 0.01, warmup_iterations: 8}}
+model:
+  base_model:
+    vocab_size: 32
+    transformer:
+      {num_layers: 1, hidden_size: 8, num_attention_heads: 2, ffn_hidden_size: 16, gated: yes, add_linear_biases: no,
+       normalization: {type: rms_norm}, rotary: {type: default}}
+run: {experiment_dir: run}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("train.yaml").write_text(CONFIG)
+
+
+def loaded(*overrides: str) -> Loaded:
+    return load_config(["train.yaml"], overrides)
+
+
+def new_run(*overrides: str) -> Run:
+    config = loaded(*overrides)
+    assert config.architecture is not None
+    return Run(config.train, config.architecture, force=False, console=Console())
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, iterations: set[int]) -> None:
+    """Make the steps of these iterations report a loss that is not finite, without touching anything."""
+    count = 0
+
+    def step(*args: Any, **kwargs: Any) -> StepResult:
+        nonlocal count
+        count += 1
+        if count in iterations:
+            return StepResult(float("nan"), 1.0, 64, skipped="the loss is nan")
+        return train_step(*args, **kwargs)
+
+    monkeypatch.setattr(run_module, "train_step", step)
+
+
+def test_skips_use_up_iterations_but_not_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, {2, 3, 6})
+    run = new_run("training.max_skipped_steps=3")
+    rates = [rate for _, rate, _ in run.steps()]
+    assert rates == pytest.approx([0.01 / 8 * step for step in (1, 2, 2, 2, 3, 4, 4, 5, 6, 7, 8, 8)])
+    assert (run.progress.skipped_steps, run.progress.skipped_in_a_row) == (3, 0)
+    assert (run.progress.iteration, run.optimizer.steps) == (12, 9)
+
+
+def test_only_skips_in_a_row_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, {2, 4, 6, 7})
+    run = new_run("training.max_skipped_steps=2")
+    with pytest.raises(RunFailed, match="2 steps in a row were skipped"):
+        list(run.steps())
+    assert run.progress.iteration == 7
+
+
+def test_training_dtype_is_what_the_model_computes_in() -> None:
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32), ("fp64", torch.float64)):
+        run = new_run(f"model.distributed.training_dtype={name}")
+        assert {p.dtype for p in run.model.parameters()} == {dtype}
+        master = torch.float64 if name == "fp64" else torch.float32
+        assert {p.dtype for p in run.weights.master.values()} == {master}
+
+
+def test_init_std_is_what_the_config_says() -> None:
+    keys = "model.base_model.transformer"
+    run = new_run("model.base_model.vocab_size=4096", f"{keys}.hidden_size=64", f"{keys}.ffn_hidden_size=256",
+                  "model.base_model.init_method_std_embed=0.5", f"{keys}.init_method_std=0.02",
+                  f"{keys}.init_method_std_mlp_2=0.3")  # fmt: skip
+    std = {name: p.std().item() for name, p in run.weights.master.items()}
+    assert std["embed_tokens.weight"] == pytest.approx(0.5, rel=0.02)
+    assert std["layers.0.self_attn.q_proj.weight"] == pytest.approx(0.02, rel=0.05)
+    assert std["layers.0.self_attn.o_proj.weight"] == pytest.approx(0.02 / 2**0.5, rel=0.05)
+    assert std["layers.0.mlp.down_proj.weight"] == pytest.approx(0.3, rel=0.05)
+
+
+def test_loss_options_reach_the_loss() -> None:
+    plain, scaled = (
+        new_run(),
+        new_run("model.base_model.logit_z_loss=1e-2", "model.base_model.logits_scale_factor=0.5"),
+    )
+    losses = [next(run.steps())[0].loss for run in (plain, scaled)]
+    assert losses[0] != losses[1]
+
+
+def test_checkpoints_that_stay() -> None:
+    """Every second from 1 on: 1 3 5 7 9 11 and the last, 12. Every second of those stays for ever: 3 7 11."""
+    assert train(loaded()) == 0
+    assert sorted(int(p.name) for p in Path("run/checkpoint").iterdir()) == [3, 5, 7, 9, 11, 12]
+
+
+def test_a_schedule_of_stages_can_be_gone_on_from() -> None:
+    stages = '{schedule: "linear,4,0,0.01;constant,-1,0.01"}'
+    Path("train.yaml").write_text(CONFIG.replace("{base: 0.01, warmup_iterations: 8}", stages))
+    assert train(loaded("training.train_iters=3")) == 0
+    assert train(loaded("training.train_iters=5")) == 0
+    assert Checkpoint(Path("run/checkpoint/5")).state["optimizer_steps"] == 5
+
+
+def test_an_export_of_other_weights_is_replaced() -> None:
+    from safetensors.torch import load_file
+
+    export = "training.export={interval: 4, format: llama, data_type: fp32}"
+    assert train(loaded("training.train_iters=4", export)) == 0
+    before = load_file("run/export/llama/4/model.safetensors")
+    import shutil
+
+    shutil.rmtree("run/checkpoint")
+    assert train(loaded("training.train_iters=4", export, "model.distributed.seed=9")) == 0
+    after = load_file("run/export/llama/4/model.safetensors")
+    assert not torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+    assert torch.equal(
+        after["model.embed_tokens.weight"], Checkpoint(Path("run/checkpoint/4")).load("embed_tokens.weight")
+    )
+
+
+def test_all_checkpoints_damaged_is_refused() -> None:
+    assert train(loaded("training.train_iters=2")) == 0
+    for manifest in Path("run/checkpoint").glob("*/manifest.json"):
+        manifest.unlink()
+    metrics = Path("run/metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="every checkpoint in run/checkpoint is damaged"):
+        train(loaded("training.train_iters=3"))
+    assert Path("run/metrics.jsonl").read_text() == metrics
+    assert train(loaded("training.train_iters=3"), force=True) == 0
+    assert sorted(p.name for p in Path("run/checkpoint").iterdir()) == ["1", "1.damaged", "2.damaged", "3"]
+
+
+def test_test_set_once_at_the_end() -> None:
+    settings = ("training.train_iters=2", "training.test_iters=1", "data.datasets.test={type: random}")
+    for _ in range(2):
+        assert train(loaded(*settings)) == 0
+    assert Path("run/metrics.jsonl").read_text().count('"evaluator": "test"') == 1
+    assert train(loaded("training.train_iters=3", *settings[1:])) == 0
+    assert Path("run/metrics.jsonl").read_text().count('"evaluator": "test"') == 2
+
+
+def test_leftovers_of_a_kill_are_swept_away() -> None:
+    left_over = Path("run/checkpoint/3.tmp")
+    left_over.mkdir(parents=True)
+    (left_over / "half").write_text("x")
+    assert train(loaded("training.train_iters=1")) == 0
+    assert sorted(p.name for p in Path("run/checkpoint").iterdir()) == ["1"]
+
+
+def test_shutdown_leaves_after_its_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(loaded("training.checkpoint.offset=0", "training.shutdown={interval: 4}")) == 0
+    assert "shutdown after iteration 4" in capsys.readouterr().out
+    assert max(int(p.name) for p in Path("run/checkpoint").iterdir()) == 4
+    assert train(loaded("training.checkpoint.offset=0")) == 0
+    assert max(int(p.name) for p in Path("run/checkpoint").iterdir()) == 12
