@@ -19,7 +19,13 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 OUT = Path("quickstart")
-PROMPT = "def read_config(path):\n"
+PROMPT = """\
+class Stack:
+    def __init__(self):
+        self.items = []
+
+    def push(self, item):
+"""
 
 
 def step(title: str) -> None:
@@ -104,7 +110,7 @@ def main() -> int:
     export = max((OUT / "run" / "export" / "llama").iterdir(), key=lambda p: int(p.name))
     step("6. the exported folder writes a function, here and in transformers")
     arguments = ("--prompt", PROMPT, "--max-new-tokens", 96)
-    modelyard("generate", export, *arguments, "--temperature", 0.7, "--top-k", 50)
+    modelyard("generate", export, *arguments, "--temperature", 0.6, "--top-k", 50)
     ours = json.loads(modelyard("generate", export, *arguments, "--temperature", 0, "--json", quiet=True))
     theirs = transformers_greedy(export, ours["prompt"], 96)
     print(f"transformers, greedy:\n{ours['prompt']}{theirs['text']}")

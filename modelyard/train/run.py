@@ -271,13 +271,16 @@ def train(loaded: Loaded, *, force: bool = False) -> int:
             raise
         console.open_log(folder / "log.txt")
         run.keep_tokenizer()
-        return _train(run, loaded.notices)
+        remarks = [f"note: {line}" for line in loaded.notices] + [
+            f"warning: {line}" for line in loaded.warnings
+        ]
+        return _train(run, remarks)
 
 
-def _train(run: Run, notices: list[str]) -> int:
+def _train(run: Run, remarks: list[str]) -> int:
     config, training, progress, console = run.config, run.config.training, run.progress, run.console
     begin_iteration = progress.iteration
-    _announce(run, notices)
+    _announce(run, remarks)
     log = MetricsLog(run.folder, resumed_at=begin_iteration, tensorboard=training.logs.tensorboard)
     console.start_bar(training.train_iters, done=begin_iteration)
     peak = peak_flops(run.device, run.dtype)
@@ -323,18 +326,21 @@ def _train(run: Run, notices: list[str]) -> int:
 
 
 def _side_work(run: Run, log: MetricsLog, *, resumed: bool = False, done: Collection[str] = ()) -> None:
-    """What is due beside training after this iteration: evaluators (those `done` left out), checkpoint, export."""
+    """What is due beside training after this iteration: checkpoint, evaluators (those `done` left out), export.
+
+    The checkpoint comes first, so that nothing that goes wrong in the others costs it.
+    """
     training, iteration = run.config.training, run.progress.iteration
+    if iteration and (training.checkpoint.due(iteration) or run.finished):
+        run.save()
     for name, entry in training.evaluators.items():
         if (entry.due(iteration) or (run.finished and entry.interval)) and name not in done:
             evaluation = run.evaluators.run(name, entry, run.model, iteration)
             if evaluation is not None:
                 log.write(evaluation, prefix=name)
-    if iteration == 0:
-        return
-    if training.checkpoint.due(iteration) or run.finished or run.stop:
+    if iteration and run.stop:
         run.save()
-    if not run.stop and (training.export.due(iteration) or (run.finished and training.export.interval)):
+    elif iteration and (training.export.due(iteration) or (run.finished and training.export.interval)):
         run.export(replace=not resumed)
 
 
@@ -359,10 +365,10 @@ def _training_record(
     }
 
 
-def _announce(run: Run, notices: list[str]) -> None:
+def _announce(run: Run, remarks: list[str]) -> None:
     config, console = run.config, run.console
-    for notice in notices:
-        console.line(f"note: {notice}")
+    for remark in remarks:
+        console.line(remark)
     console.line(
         f"{run.architecture.parameter_count():,} parameters, {config.model.distributed.training_dtype} on "
         f"{run.device.type} ({torch.get_num_threads()} threads), {config.batch.tokens:,} tokens an iteration "
