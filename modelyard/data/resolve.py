@@ -76,6 +76,8 @@ def read_dataset_file(path: Path) -> DatasetConfig:
     Raises:
         UserError: missing, not YAML, or not one dataset; one line per problem.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a dataset file{_instead_of_folder(path)}")
     document = read_yaml(path)
     values: dict[str, Any] = document.values
     if "config" in values and "type" not in values:
@@ -89,6 +91,13 @@ def read_dataset_file(path: Path) -> DatasetConfig:
     except ValidationError as error:
         schema = DATASET_TYPES.get(str(values.get("type")), FileDataset)
         raise UserError(*explain(error, document, schema)) from None
+
+
+def _instead_of_folder(path: Path) -> str:
+    if (path / "manifest.json").is_file():
+        return "; it is a token store: write type: memmap"
+    files = sorted(path.glob("fast_llm_config*.yaml"))
+    return f"; name one in it, as {files[0]}" if files else ""
 
 
 def _is_prefix_list(entries: Any) -> bool:

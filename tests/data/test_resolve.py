@@ -121,3 +121,14 @@ def test_a_missing_file_names_the_nearest(tmp_path):
     write(tmp_path / "fast_llm_config_training.yaml", "type: random\n")
     with pytest.raises(UserError, match=r"nearest there: .*fast_llm_config_training\.yaml"):
         resolve(file("fast_llm_config_trianing.yaml"), tmp_path)
+
+
+def test_a_folder_in_place_of_a_dataset_file(tmp_path):
+    with pytest.raises(UserError, match="is a folder, not a dataset file$"):
+        read_dataset_file(tmp_path)
+    (tmp_path / "fast_llm_config_training.yaml").write_text("type: random")
+    with pytest.raises(UserError, match="name one in it, as .*/fast_llm_config_training.yaml"):
+        read_dataset_file(tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="it is a token store: write type: memmap"):
+        read_dataset_file(tmp_path)
