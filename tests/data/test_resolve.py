@@ -124,10 +124,10 @@ def test_a_missing_file_names_the_nearest(tmp_path):
 
 
 def test_a_folder_in_place_of_a_dataset_file(tmp_path):
-    with pytest.raises(UserError, match="is a folder, not a dataset file$"):
+    with pytest.raises(UserError, match=r"is a folder, not a dataset file$"):
         read_dataset_file(tmp_path)
     (tmp_path / "fast_llm_config_training.yaml").write_text("type: random")
-    with pytest.raises(UserError, match="name one in it, as .*/fast_llm_config_training.yaml"):
+    with pytest.raises(UserError, match=r"name one in it, as .*/fast_llm_config_training.yaml"):
         read_dataset_file(tmp_path)
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="it is a token store: write type: memmap"):
