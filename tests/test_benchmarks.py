@@ -17,6 +17,8 @@ def test_gpu_script_needs_torch_alone() -> None:
         "sys.argv = ['gpu.py', '--cpu']\n"
         "runpy.run_path('benchmarks/gpu.py', run_name='__main__')\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "5 passed, 0 failed"

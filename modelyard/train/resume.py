@@ -17,13 +17,24 @@ _FREE = (
     "batch.micro_batch_size",
     "batch.sequential_micro_batches",
     "data.sampling.gpu",
-    "model.base_model.cross_entropy_impl",
-    # Once there is a checkpoint, nothing is read from there.
-    "pretrained.path",
-    "pretrained.format",
 )
-_BOUND = ("batch", "data.sampling", "optimizer", "pretrained", "model.base_model", "model.distributed")
-_BOUND_IN_DISTRIBUTED = ("seed", "training_dtype")
+# The shape is compared as an `Architecture`; once there is a checkpoint, nothing is read from `pretrained.path`.
+_BOUND = (
+    "batch",
+    "data.sampling",
+    "optimizer",
+    "pretrained.model_weights",
+    "model.base_model.logit_z_loss",
+    "model.base_model.logits_scale_factor",
+    "model.base_model.init_method_std_embed",
+    "model.base_model.transformer.init_method_std",
+    "model.base_model.transformer.init_method_std_qkv",
+    "model.base_model.transformer.init_method_std_attn_proj",
+    "model.base_model.transformer.init_method_std_mlp_1",
+    "model.base_model.transformer.init_method_std_mlp_2",
+    "model.distributed.seed",
+    "model.distributed.training_dtype",
+)
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -53,8 +64,6 @@ def binding_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def _binds(key: str) -> bool:
     if key in _FREE or key.startswith("optimizer.learning_rate."):
         return False
-    if key.startswith("model.distributed."):
-        return key.removeprefix("model.distributed.") in _BOUND_IN_DISTRIBUTED
     return any(key == section or key.startswith(section + ".") for section in _BOUND)
 
 
@@ -89,17 +98,17 @@ def refuse_changes(
     if old_rates != new_rates:
         difference = schedule_difference(old_rates, new_rates, checkpoint.state["optimizer_steps"])
         differences += [difference] if difference else []
-    if checkpoint.architecture != architecture:
-        if not any(line.startswith("model.base_model") for line in differences):
-            before, now = (
-                flatten(dataclasses.asdict(shape)) for shape in (checkpoint.architecture, architecture)
-            )
-            differences += [
-                f"architecture.{k}: was {before[k]!r}, is now {now[k]!r}" for k in now if before[k] != now[k]
-            ]
-        # Another shape cannot go on at all; --force does not help.
-        if checkpoint.architecture.parameter_shapes() != architecture.parameter_shapes():
-            force = False
+    # The longest position is a word in exports; nothing is computed from it.
+    before, now = (
+        flatten(dataclasses.asdict(dataclasses.replace(shape, max_position_embeddings=None)))
+        for shape in (checkpoint.architecture, architecture)
+    )
+    differences += [
+        f"architecture.{k}: was {before[k]!r}, is now {now[k]!r}" for k in now if before[k] != now[k]
+    ]
+    # Another shape cannot go on at all; --force does not help.
+    if checkpoint.architecture.parameter_shapes() != architecture.parameter_shapes():
+        force = False
     explained = any(line.startswith(("data.sampling", "batch.")) for line in differences)
     if checkpoint.state["data_fingerprint"] != data_fingerprint and not explained:
         differences.append(

@@ -247,10 +247,14 @@ def _finite(value: float) -> float | None:
 
 def train(loaded: Loaded, *, force: bool = False) -> int:
     """Train as the config says, from where the experiment stands. Returns the exit status."""
-    config = loaded.train
-    if loaded.architecture is None:
-        raise UserError(*loaded.warnings)
-    if problem := disk_problem(config, loaded.architecture):
+    config, architecture = loaded.train, loaded.architecture
+    if architecture is None:
+        # The pretrained folder is gone. It is read once: a run that has a checkpoint does not need it.
+        checkpoint, _ = newest_usable(config.run.experiment_dir / "checkpoint")
+        if checkpoint is None:
+            raise UserError(*loaded.warnings)
+        architecture = checkpoint.architecture
+    if problem := disk_problem(config, architecture):
         raise UserError(problem)
     folder, existed = config.run.experiment_dir, config.run.experiment_dir.exists()
     try:
@@ -263,7 +267,7 @@ def train(loaded: Loaded, *, force: bool = False) -> int:
             shutil.rmtree(unfinished, ignore_errors=True)  # left over by a run that was killed
         console = Console()
         try:
-            run = Run(config, loaded.architecture, force=force, console=console)
+            run = Run(config, architecture, force=force, console=console)
         except BaseException:
             # Nothing stays behind when a run is refused.
             if not existed:

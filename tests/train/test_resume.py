@@ -39,6 +39,8 @@ def test_free_changes() -> None:
         "model.base_model.cross_entropy_impl": "torch",
         "run.experiment_dir": "elsewhere",
         "batch.sequential_micro_batches": 4,
+        "model.base_model.vocab_size": 128,  # compared as an architecture
+        "pretrained": {"path": "elsewhere"},
     }
     assert binding_differences(config(), config(**free)) == []
 
@@ -48,12 +50,14 @@ def test_binding_changes_are_named_with_both_values() -> None:
         "batch.batch_size": 16,
         "data.sampling.seed": 2,
         "optimizer.weight_decay": 0.2,
+        "model.base_model.logit_z_loss": 1e-4,
         "model.distributed.seed": 3,
         "pretrained": {"path": "there", "model_weights": True},
     }
     assert binding_differences(config(), config(**changes)) == [
         "batch.batch_size: was 8, is now 16",
         "data.sampling.seed: was 1, is now 2",
+        "model.base_model.logit_z_loss: was None, is now 0.0001",
         "model.distributed.seed: was 1, is now 3",
         "optimizer.weight_decay: was 0.1, is now 0.2",
         "pretrained.model_weights: was None, is now True",

@@ -176,3 +176,29 @@ def test_shutdown_leaves_after_its_checkpoint(capsys: pytest.CaptureFixture[str]
     assert max(int(p.name) for p in Path("run/checkpoint").iterdir()) == 4
     assert train(loaded("training.checkpoint.offset=0")) == 0
     assert max(int(p.name) for p in Path("run/checkpoint").iterdir()) == 12
+
+
+def test_a_shape_that_changed_is_refused_even_with_force() -> None:
+    assert train(loaded("training.train_iters=1")) == 0
+    with pytest.raises(UserError, match=r"architecture\.ffn_hidden_size: was 16, is now 24"):
+        train(loaded("model.base_model.transformer.ffn_hidden_size=24"), force=True)
+
+
+def test_pretrained_weights_are_needed_once() -> None:
+    import shutil
+
+    assert (
+        train(loaded("training={train_iters: 1, export: {interval: 1, format: llama, data_type: fp32}}")) == 0
+    )
+    shutil.move("run/export/llama/1", "pretrained")
+    model = CONFIG[CONFIG.index("model:") : CONFIG.index("run:")]
+    Path("train.yaml").write_text(CONFIG.replace(model, "pretrained: {path: pretrained}\n"))
+    settings = ("run.experiment_dir=second", "optimizer.learning_rate={base: 0.0, warmup_iterations: 0}")
+    assert train(loaded("training.train_iters=1", *settings)) == 0
+    first, second = (Checkpoint(Path(f"{name}/checkpoint/1")) for name in ("run", "second"))
+    for name in first.names():  # learning rate 0: the weights that came in
+        assert torch.equal(first.load(name), second.load(name))
+    shutil.rmtree("pretrained")
+    assert train(loaded("training.train_iters=2", *settings)) == 0
+    with pytest.raises(UserError, match="pretrained does not exist"):
+        train(loaded("training.train_iters=2", "run.experiment_dir=third"))
