@@ -64,7 +64,7 @@ def test_workers_leave_when_the_main_process_is_killed():
         "import os, sys, time\n"
         "from modelyard.data.workers import ordered_map\n"
         "def work(_, item):\n"
-        "    print(os.getpid(), flush=True)\n"
+        "    os.write(1, b'%d\\n' % os.getpid())\n"  # one write: both workers share the pipe
         "    time.sleep(60)\n"
         "list(ordered_map(work, None, range(2), 2))\n"
     )
