@@ -106,6 +106,14 @@ def numbered_folders(directory: Path) -> list[Path]:
     )
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a complete folder; renamed first, so that no moment shows a part of it under its name."""
+    remains = path.with_name(path.name + ".tmp")
+    shutil.rmtree(remains, ignore_errors=True)
+    os.rename(path, remains)
+    shutil.rmtree(remains, ignore_errors=True)
+
+
 def prune(
     directory: Path, *, keep: int | None, keep_every: int | None, ordinal: Callable[[int], int | None]
 ) -> list[Path]:
@@ -121,11 +129,7 @@ def prune(
     counted = [p for p, n in ordinals.items() if n is not None and not (keep_every and n % keep_every == 0)]
     doomed = [p for p, n in list(ordinals.items())[:-1] if n is None or p in counted[:-keep]]
     for path in doomed:
-        # Renamed first, so that no moment shows a part of it under its name.
-        remains = path.with_name(path.name + ".tmp")
-        shutil.rmtree(remains, ignore_errors=True)
-        os.rename(path, remains)
-        shutil.rmtree(remains, ignore_errors=True)
+        remove_folder(path)
     return doomed
 
 

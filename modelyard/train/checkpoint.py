@@ -56,12 +56,12 @@ def save_checkpoint(
 class Checkpoint:
     """A complete checkpoint folder, read tensor by tensor."""
 
-    def __init__(self, folder: Path):
-        """Raises UserError when the folder is not a checkpoint or is damaged."""
+    def __init__(self, folder: Path, *, verify: bool = True):
+        """Raises UserError when the folder is not a checkpoint or is damaged; `verify` False where that was looked at."""
         self.folder = folder
         if not folder.is_dir():
             raise UserError(f"checkpoint {missing_path(folder)}")
-        if problems := self.problems(folder):
+        if verify and (problems := self.problems(folder)):
             raise UserError(*problems)
         self.state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if self.state["format_version"] != FORMAT_VERSION:
@@ -140,7 +140,7 @@ def newest_usable(directory: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
         if problems := Checkpoint.problems(folder):
             damaged[folder] = problems[0]
         else:
-            return Checkpoint(folder), damaged
+            return Checkpoint(folder, verify=False), damaged
     return None, damaged
 
 

@@ -20,7 +20,7 @@ from modelyard.config.loader import Loaded
 from modelyard.config.train import TrainConfig
 from modelyard.data.stream import prefetched
 from modelyard.errors import RunFailed, UserError
-from modelyard.files import complete_or_absent, only_one, prune, set_aside
+from modelyard.files import complete_or_absent, only_one, prune, remove_folder, set_aside
 from modelyard.model.formats.tokenizer_files import copy_tokenizer
 from modelyard.train.build import (
     build_model,
@@ -160,7 +160,7 @@ class Run:
         destination = directory / str(self.progress.iteration)
         if replace and destination.exists():
             # From before this run went back to an earlier checkpoint, perhaps with other settings.
-            shutil.rmtree(destination)
+            remove_folder(destination)
         if not destination.exists():
             export_weights(
                 self.weights.master,
