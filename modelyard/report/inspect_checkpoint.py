@@ -1,0 +1,420 @@
+"""`modelyard inspect CHECKPOINT`: what a checkpoint or a Hugging Face folder holds, where it comes from, whether it is sound."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modelyard.config.architecture import Architecture
+from modelyard.config.disk import size
+from modelyard.config.huggingface import read_config
+from modelyard.config.train import TrainConfig
+from modelyard.errors import UserError
+from modelyard.files import MANIFEST, damage, numbered_folders
+from modelyard.model.formats import open_huggingface
+from modelyard.model.formats.source import fit_problems
+from modelyard.report.inspect_blocks import Facts, Heading, Inspection, Note, Table
+from modelyard.report.inspect_data import Options, progress
+from modelyard.train.checkpoint import CHECKSUM_LIMIT, Checkpoint
+from modelyard.train.resume import flatten
+
+_MODEL = "model."
+_SECOND_MOMENT = ".exp_avg_sq"
+_SLICE = 1 << 18
+"""Values of a tensor that are measured at a time: they stay in the cache between the passes."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What the values of a tensor are like."""
+
+    norm: float
+    smallest: float
+    largest: float
+    nan: int
+    infinite: int
+
+
+def measure(tensor: torch.Tensor) -> Measure:
+    """L2 norm (in fp64), extremes of the finite values, and how many are not finite. Any shape and type."""
+    squares, smallest, largest, nan, infinite = 0.0, math.inf, -math.inf, 0, 0
+    flat = tensor.reshape(-1)
+    if not flat.is_floating_point():
+        flat = flat.to(torch.float64)
+    for begin in range(0, flat.numel(), _SLICE):
+        values = flat[begin : begin + _SLICE]
+        low, high = map(float, values.aminmax())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            nan += int(values.isnan().sum())
+            infinite += int(values.isinf().sum())
+            values = values[values.isfinite()]
+            if not values.numel():
+                continue
+            low, high = map(float, values.aminmax())
+        smallest, largest = min(smallest, low), max(largest, high)
+        squares += float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+    return Measure(math.sqrt(squares), smallest, largest, nan, infinite)
+
+
+def inspect_checkpoint(folder: Path, options: Options, inspection: Inspection) -> None:
+    """Add everything there is to see of a checkpoint folder. Raises UserError where nothing of it can be read."""
+    total = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    checksums = options.verify or total <= CHECKSUM_LIMIT
+    damaged = damage(folder, checksums=checksums)
+    inspection.fault(*(f"{line}: this checkpoint is damaged, use another" for line in damaged))
+    if damaged:
+        verified = f"{len(damaged)} damaged file{'s' if len(damaged) > 1 else ''}"
+    else:
+        verified = f"every file has the size and {'checksum' if checksums else 'name'} of {MANIFEST}"
+        verified += "" if checksums else " (--verify compares checksums too)"
+    inspection.add(Heading(f"checkpoint {folder}"))
+    siblings = _siblings(folder)
+    rows = [("files", f"{size(total)} in {sum(p.is_file() for p in folder.iterdir())} files: {verified}")]
+    inspection.values["checkpoint"] = {"path": str(folder), "bytes": total, "damaged": damaged}
+    try:
+        checkpoint = Checkpoint(folder, verify=False)
+        rows += _provenance(checkpoint)
+    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+        # Damaged; the files above say so. Where they do not, this does.
+        if not damaged:
+            inspection.fault(
+                f"{folder} cannot be read: {error!r}" if not isinstance(error, UserError) else str(error)
+            )
+        inspection.add(Facts(rows + siblings), Note("Nothing more of it can be read."))
+        return
+    inspection.add(Facts(rows + siblings))
+    inspection.add(Heading("architecture"), Facts(_architecture_rows(checkpoint.architecture)))
+    if changed := _not_default(checkpoint.config):
+        inspection.add(Heading("config: what is not the default"), Facts(changed))
+    inspection.fault(*fit_problems(checkpoint, checkpoint.architecture, folder))
+    names = checkpoint.tensors()
+    _optimizer_presence(checkpoint, inspection)
+
+    def load(name: str) -> torch.Tensor:
+        shape, dtype = names[name]
+        tensor = torch.empty(shape, dtype=dtype)
+        checkpoint.load_into({name: tensor})
+        return tensor
+
+    _show_tensors(names, load, options, inspection, str(folder))
+    inspection.values["checkpoint"] |= {
+        "iteration": checkpoint.iteration,
+        "state": {
+            key: value for key, value in checkpoint.state.items() if key not in ("data", "architecture")
+        },
+        "parameters": checkpoint.architecture.parameter_count(),
+        "architecture": dataclasses.asdict(checkpoint.architecture),
+    }
+
+
+def inspect_huggingface(folder: Path, options: Options, inspection: Inspection) -> None:
+    """Add everything there is to see of a Hugging Face folder. Raises UserError where it is none that can be used."""
+    model = open_huggingface(folder)
+    config = read_config(folder)
+    architecture, weights = model.architecture, model.weights
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    total = sum(path.stat().st_size for path in files)
+    said = config.get("torch_dtype") or config.get("dtype") or "unsaid"
+    inspection.add(
+        Heading(f"Hugging Face folder {folder}"),
+        Facts(
+            [
+                (
+                    "files",
+                    f"{size(total)} in {len(files)} files: {', '.join(path.name for path in files[:12])}{' …' if len(files) > 12 else ''}",
+                ),
+                (
+                    "family",
+                    f"{model.family} ({', '.join(map(str, config.get('architectures') or ())) or 'no architectures in config.json'})",
+                ),
+                (
+                    "written by",
+                    f"transformers {config['transformers_version']}"
+                    if "transformers_version" in config
+                    else "unsaid",
+                ),
+                ("type", str(said)),
+                ("tokenizer", _tokenizer_text(folder, architecture, inspection)),
+            ]
+        ),
+        Heading("architecture"),
+        Facts(_architecture_rows(architecture)),
+    )
+    names = {name: (weights.shape(name), weights.dtype(name)) for name in weights.names()}
+    inspection.values["huggingface"] = {
+        "path": str(folder),
+        "family": model.family,
+        "bytes": total,
+        "parameters": architecture.parameter_count(),
+        "architecture": dataclasses.asdict(architecture),
+    }
+    _show_tensors(names, weights.load, options, inspection, str(folder))
+
+
+def _tokenizer_text(folder: Path, architecture: Architecture, inspection: Inspection) -> str:
+    from modelyard.data.tokenizer import load_tokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        inspection.warn(f"{folder} has no tokenizer: put the one of its data beside the weights")
+        return "none"
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > architecture.vocab_size:
+        inspection.fault(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size:,} tokens, the model {architecture.vocab_size:,}: it is "
+            "another's"
+        )
+    ends = [
+        f"{role} {token.text}" for role, token in (("begin", tokenizer.bos), ("end", tokenizer.eos)) if token
+    ]
+    return ", ".join([f"{tokenizer.vocab_size:,} tokens", *ends, f"sha256 {tokenizer.fingerprint[:16]}…"])
+
+
+def _provenance(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    state = checkpoint.state
+    progress_made = state["progress"]
+    config = checkpoint.config
+    rows = [
+        ("iteration", f"{checkpoint.iteration:,} of {config['training']['train_iters']:,}"),
+        ("tokens", f"{progress_made['tokens']:,} positions, padding included"),
+        ("optimizer steps", f"{state['optimizer_steps']:,}, {progress_made['skipped_steps']:,} skipped"),
+        ("started from", _start(config)),
+        ("seed", str(state["seed"])),
+        ("data", f"fingerprint {state['data_fingerprint']}"),
+        (
+            "written by",
+            f"modelyard {state['modelyard_version']}, torch {state['torch_version']}, on {state['initialized_on']}",
+        ),
+    ]
+    return rows
+
+
+def _start(config: dict[str, Any]) -> str:
+    pretrained = config.get("pretrained")
+    if not pretrained or not pretrained.get("model_weights"):
+        return "random weights" + (f" in the shape of {pretrained['path']}" if pretrained else "")
+    return f"the weights of {pretrained['path']}"
+
+
+def _siblings(folder: Path) -> list[tuple[str, str]]:
+    """The other checkpoints and the exports of the experiment that a checkpoint lies in."""
+    if folder.parent.name != "checkpoint":
+        return []
+    experiment = folder.parent.parent
+    rows = [
+        (
+            "beside it",
+            ", ".join(path.name for path in numbered_folders(folder.parent) if path != folder) or "no other",
+        )
+    ]
+    exports = [
+        f"{family.name} {', '.join(path.name for path in numbered_folders(family))}"
+        for family in sorted(experiment.glob("export/*"))
+        if numbered_folders(family)
+    ]
+    if exports:
+        rows.append(("exports", "; ".join(exports)))
+    return rows
+
+
+def _architecture_rows(architecture: Architecture) -> list[tuple[str, str]]:
+    rows = [("parameters", f"{architecture.parameter_count():,}")]
+    for field in dataclasses.fields(architecture):
+        value = getattr(architecture, field.name)
+        if value is None:
+            continue
+        if field.name == "rotary":
+            known = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+            plain = value.type == "default"  # the others say how positions are stretched
+            text = ", ".join(
+                f"{k} {_word(v)}" for k, v in known.items() if k in ("type", "theta") or not plain
+            )
+        else:
+            text = _word(value)
+        rows.append((field.name.replace("_", " "), text))
+    return rows
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _not_default(config: dict[str, Any]) -> list[tuple[str, str]]:
+    """The keys of a resolved config that are not as the dialect has them by default."""
+    try:
+        changed = TrainConfig.model_validate(config).model_dump(mode="json", exclude_defaults=True)
+    except ValueError:
+        changed = config  # of a version with other keys: all of it
+    return [(key, json.dumps(value, ensure_ascii=False)) for key, value in flatten(changed).items()]
+
+
+def _optimizer_presence(checkpoint: Checkpoint, inspection: Inspection) -> None:
+    names = set(checkpoint.tensors())
+    missing = [
+        f"optimizer.{name}.{moment}"
+        for name in checkpoint.names()
+        for moment in ("exp_avg", "exp_avg_sq")
+        if f"optimizer.{name}.{moment}" not in names
+    ]
+    if missing:
+        inspection.fault(
+            f"{checkpoint.folder} lacks {len(missing):,} of the optimizer's moments ({missing[0]} …): training cannot go on "
+            "from it as if never stopped"
+        )
+
+
+Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def _show_tensors(
+    tensors: Tensors,
+    load: Callable[[str], torch.Tensor],
+    options: Options,
+    inspection: Inspection,
+    where: str,
+) -> None:
+    """Read every tensor, one in memory at a time; a table by kind, or of each."""
+    measures = dict(_measured(tensors, load, options, inspection, where))
+    groups: dict[str, list[str]] = {}
+    for name in tensors:
+        groups.setdefault(name if options.all_tensors else _kind(name), []).append(name)
+    rows = [_tensor_row(group, members, tensors, measures, options) for group, members in groups.items()]
+    title = f"{len(tensors):,} tensors" + ("" if options.all_tensors else ", by kind (--tensors lists each)")
+    columns = ["tensor", "shape", "type", "bytes", "norm", "min", "max", "NaN, ∞"]
+    inspection.add(Heading(title), Table(columns, rows, words=frozenset({0, 1, 2})))
+    if not measures:
+        inspection.add(Note("The values were not read (--scan-limit 0)."))
+    inspection.values["tensors"] = {
+        name: {
+            "shape": list(shape),
+            "dtype": _dtype(dtype),
+            **{
+                key: _finite(value)
+                for key, value in dataclasses.asdict(measures[name]).items()
+                if name in measures
+            },
+        }
+        if name in measures
+        else {"shape": list(shape), "dtype": _dtype(dtype)}
+        for name, (shape, dtype) in tensors.items()
+    }
+
+
+def _measured(
+    tensors: Tensors,
+    load: Callable[[str], torch.Tensor],
+    options: Options,
+    inspection: Inspection,
+    where: str,
+) -> Iterator[tuple[str, Measure]]:
+    if options.scan_limit <= 0:
+        return
+    total = sum(math.prod(shape) for shape, _ in tensors.values())
+    with progress(where, total) as advance:
+        for name, (shape, _) in tensors.items():
+            try:
+                found = measure(load(name))
+            except (UserError, OSError, RuntimeError, EOFError, ValueError) as error:
+                if not inspection.faults:
+                    inspection.fault(
+                        f"{where}: '{name}' cannot be read ({str(error).strip().splitlines()[0]})"
+                    )
+                continue
+            for count, what in ((found.nan, "NaN"), (found.infinite, "infinite")):
+                if count:
+                    inspection.fault(
+                        f"{where}: '{name}' has {count:,} of {math.prod(shape):,} values {what}: go back to an earlier checkpoint"
+                    )
+            if name.endswith(_SECOND_MOMENT) and found.smallest < 0:
+                inspection.fault(
+                    f"{where}: '{name}', a mean of squares, has negative values (down to {found.smallest:.3g}): the file is "
+                    "damaged, or another program wrote it"
+                )
+            yield name, found
+            advance(math.prod(shape))
+
+
+def _kind(name: str) -> str:
+    """A tensor's name without the layer's number: `model.layers.*.mlp.up_proj.weight`; of a moment, which one it is."""
+    if name.startswith("optimizer."):
+        return f"optimizer.*.{name.rsplit('.', 1)[1]}"
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _tensor_row(
+    group: str, members: list[str], tensors: Tensors, measures: dict[str, Measure], options: Options
+) -> list[str]:
+    shapes = {tensors[name][0] for name in members}
+    dtypes = {_dtype(tensors[name][1]) for name in members}
+    count = f"{len(members):,} × " if len(members) > 1 else ""
+    shape = count + (
+        " × ".join(map(str, next(iter(shapes)))) or "scalar" if len(shapes) == 1 else "several shapes"
+    )
+    total = sum(math.prod(tensors[name][0]) * tensors[name][1].itemsize for name in members)
+    row = [group, shape, "/".join(sorted(dtypes)), size(total)]
+    known = [measures[name] for name in members if name in measures]
+    if not known:
+        return [*row, "", "", "", ""]
+    norm = math.sqrt(sum(found.norm**2 for found in known))
+    broken = sum(found.nan + found.infinite for found in known)
+    return [
+        *row,
+        f"{norm:.4g}",
+        f"{min(found.smallest for found in known):.3g}",
+        f"{max(found.largest for found in known):.3g}",
+        f"{broken:,}" if broken else "0",
+    ]
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def inspect_model(path: Path, options: Options, inspection: Inspection) -> bool:
+    """A Hugging Face folder, a checkpoint, or an experiment's newest checkpoint; False where `path` is none of them."""
+    if _is_model(path):
+        inspect_huggingface(path, options, inspection)
+        return True
+    if any((path / name).exists() for name in ("state.json", ".metadata")):
+        inspect_checkpoint(path, options, inspection)
+        return True
+    for directory in (path / "checkpoint", path):
+        folders = list(reversed(numbered_folders(directory)))
+        if not folders:
+            continue
+        if _is_model(folders[0]):  # `EXPERIMENT_DIR/export/llama`
+            inspect_huggingface(folders[0], options, inspection)
+            return True
+        # What a run would go on from: the newest that is whole.
+        for folder in folders:
+            if not (lines := damage(folder, checksums=False)):
+                break
+            inspection.fault(
+                *(f"{line}: this checkpoint is damaged, a run would not use it" for line in lines)
+            )
+        else:
+            folder = folders[0]
+        inspect_checkpoint(folder, options, inspection)
+        return True
+    return False
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether config.json there is a model's. The folder of a run has one too, about the run."""
+    file = folder / "config.json"
+    try:
+        return file.is_file() and "modelyard_version" not in json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True  # reading it as a model's says what is wrong

@@ -1,0 +1,219 @@
+"""`modelyard inspect STORE`: what a token store holds, and some of its documents as people read them. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modelyard.config.disk import size
+from modelyard.data.datasets import StoredDataset
+from modelyard.data.order import derive_key, keyed_hash
+from modelyard.data.output import RECORD
+from modelyard.data.store import MASK_LANE, TokenStore
+from modelyard.data.tokenizer import Tokenizer
+from modelyard.errors import UserError
+from modelyard.report.inspect_blocks import Cell, Facts, Heading, Inspection, Note, Tokens
+from modelyard.report.inspect_data import (
+    Options,
+    Origin,
+    judge,
+    length_chart,
+    length_values,
+    mask_kinds,
+    omitted,
+    open_tokenizer,
+    percentiles,
+    progress,
+    scan_text,
+    scan_values,
+    separator_warning,
+    shortened,
+)
+from modelyard.report.inspect_scan import Lengths, Scan, read_lengths, scan
+from modelyard.report.inspect_tokens import Vocabulary
+
+
+def inspect_store(path: Path, options: Options, inspection: Inspection) -> None:
+    """Add everything there is to see of the store at `path`. Raises UserError where it cannot be opened."""
+    store = TokenStore(path)
+    dataset = StoredDataset(path)
+    chosen = _chosen(store, options)
+    origin = Origin([store.manifest], [path])
+    tokenizer = open_tokenizer(dataset.tokenizer_folder, inspection)
+    _check_tokenizer(store, tokenizer, inspection)
+    lengths = read_lengths(dataset)
+    with progress(str(path), min(store.num_tokens, options.scan_limit)) as advance:
+        found = scan(
+            dataset,
+            vocabularies={f"the vocabulary of the store ({store.vocab_size:,} tokens)": store.vocab_size},
+            bos=origin.token("bos"),
+            eos=origin.token("eos"),
+            limit=options.scan_limit,
+            progress=advance,
+        )
+    inspection.add(Heading(f"store {path}"), Facts(_facts(store, lengths, found)))
+    if record := _prepared_from(path):
+        inspection.add(Heading("prepared from"), Facts(record))
+    inspection.add(length_chart(str(path), lengths))
+    judge(inspection, dataset, lengths, found)
+    separator_warning(inspection, tokenizer, origin, str(path))
+    if options.verify:
+        inspection.fault(*store.verify())
+    _show_documents(store, chosen, Vocabulary(tokenizer), options, inspection)
+    inspection.values.setdefault("stores", []).append(
+        {
+            "path": str(path),
+            "documents": store.num_documents,
+            "tokens": store.num_tokens,
+            "vocab_size": store.vocab_size,
+            "fingerprint": store.fingerprint,
+            "tokenizer": store.manifest.get("tokenizer"),
+            "trained_share": _trained_share(found),
+            **length_values(lengths),
+            **scan_values(found),
+        }
+    )
+
+
+def stores_of(path: Path) -> list[Path]:
+    """The stores that `prepare` wrote into its output folder; empty where `path` is none."""
+    try:
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        return [path / name for name in record["stores"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _trained_share(found: Scan) -> float | None:
+    return None if found.masked is None or not found.tokens else 1 - found.masked / found.tokens
+
+
+def _facts(store: TokenStore, lengths: Lengths, found: Scan) -> list[tuple[str, str]]:
+    manifest = store.manifest
+    total = sum(facts["bytes"] for facts in manifest["files"].values())
+    shards = len(manifest["shards"])
+    rows = [
+        ("documents", f"{store.num_documents:,}"),
+        ("tokens", f"{store.num_tokens:,} ({manifest['dtype']}, {shards} shard{'s' if shards > 1 else ''})"),
+        ("lengths", percentiles(lengths)),
+        ("vocabulary", f"{store.vocab_size:,} tokens, the largest id met is {found.largest:,}"),
+    ]
+    for role, name in (("bos", "begin token"), ("eos", "end token")):
+        token = (manifest.get("tokenizer") or {}).get(role)
+        rows.append((name, f"{token['token']} ({token['id']})" if token else "none"))
+    trained = _trained_share(found)
+    if trained is None:
+        rows.append(
+            ("loss mask", "none: every token is trained on" if MASK_LANE not in store.lanes else "not read")
+        )
+    else:
+        rows.append(("loss mask", f"{trained:.1%} of the tokens are trained on, {found.masked:,} are masked"))
+    rows += [
+        ("lanes", ", ".join(f"{name} ({kind})" for name, kind in manifest["lanes"].items()) or "none"),
+        ("on disk", f"{size(total)} in {len(manifest['files'])} files"),
+        (
+            "checked",
+            f"{scan_text(StoredDataset(store.path), found)}; {found.copies:,} copies of other documents",
+        ),
+        ("tokenizer", (manifest.get("tokenizer") or {}).get("fingerprint") or "unknown"),
+        ("fingerprint", store.fingerprint),
+    ]
+    return rows
+
+
+def _check_tokenizer(store: TokenStore, tokenizer: Tokenizer | None, inspection: Inspection) -> None:
+    said = (store.manifest.get("tokenizer") or {}).get("fingerprint")
+    if tokenizer is None:
+        return
+    if said is not None and tokenizer.fingerprint != said:
+        inspection.fault(
+            f"{store.path / 'tokenizer'} is not the tokenizer that the store was made with (manifest.json has sha256 "
+            f"{said[:12]}…, it has {tokenizer.fingerprint[:12]}…): put the right one back, or prepare the data again"
+        )
+    if tokenizer.vocab_size > store.vocab_size:
+        inspection.fault(
+            f"{store.path / 'tokenizer'} has {tokenizer.vocab_size:,} tokens, the store was made for "
+            f"{store.vocab_size:,}: it is another's; prepare the data again"
+        )
+
+
+def _prepared_from(path: Path) -> list[tuple[str, str]]:
+    """What `prepare` wrote down beside the store."""
+    if path not in stores_of(path.parent):
+        return []
+    record: dict[str, Any] = json.loads((path.parent / RECORD).read_text(encoding="utf-8"))
+    source, config = record.get("source") or {}, record.get("config") or {}
+    dataset = {
+        key: value for key, value in (config.get("dataset") or {}).items() if value not in (None, [], "auto")
+    }
+    rows = [
+        (
+            "source",
+            ", ".join(
+                f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}"
+                for key, value in source.items()
+            ),
+        )
+    ]
+    rows.append(("dataset", ", ".join(f"{key}: {value}" for key, value in dataset.items())))
+    if splits := config.get("splits"):
+        rows.append(("splits", ", ".join(f"{name} {share:g}" for name, share in splits.items())))
+        rows.append(("seed", str(config.get("seed"))))
+    left_out = {
+        k: v for k, v in (record.get("counts") or {}).items() if k not in ("documents", "tokens") and v
+    }
+    if left_out:
+        rows.append(("left out", ", ".join(f"{name} {count:,}" for name, count in left_out.items())))
+    return rows
+
+
+def _chosen(store: TokenStore, options: Options) -> list[int]:
+    """The documents to show: the one asked for, or the first and some drawn by seed."""
+    if options.document is not None:
+        number = options.document
+        if not -store.num_documents <= number < store.num_documents:
+            raise UserError(
+                f"--document {number}: {store.path} has {store.num_documents:,} documents, numbered from 0"
+            )
+        return [number % store.num_documents]
+    wanted = min(options.documents, store.num_documents)
+    chosen = [0] if wanted else []
+    draws = keyed_hash(
+        derive_key("inspect", "documents", options.seed), np.arange(64 * wanted, dtype=np.uint64)
+    )
+    for draw in draws.tolist():
+        number = draw % store.num_documents
+        if len(chosen) < wanted and number not in chosen:
+            chosen.append(number)
+    return chosen
+
+
+def _show_documents(
+    store: TokenStore,
+    chosen: Sequence[int],
+    vocabulary: Vocabulary,
+    options: Options,
+    inspection: Inspection,
+) -> None:
+    if chosen:
+        how = (
+            "" if options.document is not None else f" (the first, and others drawn with seed {options.seed})"
+        )
+        inspection.add(Heading(f"documents{how if len(chosen) > 1 else ''}"))
+        if MASK_LANE not in store.lanes:
+            inspection.add(Note("The store has no loss mask: every token is trained on."))
+    for number in chosen:
+        length = int(store.lengths(number, number + 1)[0])
+        cells: list[Cell] = []
+        for begin, end in shortened(length, options.tokens):
+            if begin:
+                cells.append(omitted(length - options.tokens))
+            kinds = mask_kinds(store.lane(MASK_LANE, number, begin, end), end - begin)
+            cells += vocabulary.cells(store.document(number, begin, end), kinds)
+        mask = store.lane(MASK_LANE, number)
+        trained = "" if mask is None else f" · {np.count_nonzero(mask == 0):,} trained"
+        inspection.add(Tokens(f"document {number:,} · {length:,} tokens{trained}", cells))

@@ -1,0 +1,182 @@
+"""An inspection in a terminal: coloured where there is one, with brackets around masked tokens where there is none."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Iterator
+from typing import TextIO
+
+from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from modelyard.report.inspect_blocks import (
+    Block,
+    Cell,
+    Facts,
+    Heading,
+    Histogram,
+    Inspection,
+    Note,
+    Table,
+    Tokens,
+    clean,
+)
+
+_WIDEST = 140
+_UNKNOWN_WIDTH = 110
+_BAR = 40
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+# Two shades a kind, in turn, so that tokens can be told apart; from the sixteen colours that every theme makes legible.
+_SHADES = {
+    "trained": ("green", "bold cyan"),
+    "masked": ("bright_black", "italic bright_black"),
+    "padding": ("bright_black", "bright_black"),
+    "remark": ("dim italic", "dim italic"),
+}
+
+
+class Terminal:
+    """Prints inspections to a stream; `ids` shows token ids too."""
+
+    def __init__(self, stream: TextIO | None = None, *, ids: bool = False):
+        self._ids = ids
+        self._stream = stream or sys.stdout
+        there = Console(file=self._stream)
+        self._colour = there.is_terminal and "NO_COLOR" not in os.environ
+        width = there.width if there.is_terminal or "COLUMNS" in os.environ else _UNKNOWN_WIDTH
+        self._console = Console(
+            # Without colours the lines go through `show`, which takes the spaces at their ends away.
+            file=self._stream if self._colour else io.StringIO(),
+            width=max(40, min(width, _WIDEST)),
+            color_system="auto" if self._colour else None,
+            force_terminal=self._colour,
+            highlight=False,
+            markup=False,
+            emoji=False,
+        )
+
+    def show(self, inspection: Inspection) -> None:
+        """Print everything; faults last, where people look."""
+        for block in inspection.blocks:
+            self._block(block)
+        self._line("")
+        for warning in inspection.warnings:
+            self._line(f"warning: {warning}", "yellow", whole=True)
+        for fault in inspection.faults:
+            self._line(f"fault: {fault}", "bold red", whole=True)
+        counts = [
+            f"{len(lines)} {name}{'s' if len(lines) > 1 else ''}"
+            for name, lines in (("fault", inspection.faults), ("warning", inspection.warnings))
+            if lines
+        ]
+        self._line(", ".join(counts) if counts else "nothing wrong was found")
+        if not self._colour and isinstance(self._console.file, io.StringIO):
+            lines = self._console.file.getvalue().splitlines()
+            self._stream.write("\n".join(line.rstrip() for line in lines).lstrip("\n") + "\n")
+
+    def _block(self, block: Block) -> None:
+        match block:
+            case Heading():
+                self._line("")
+                self._line(block.text, "bold")
+            case Note():
+                self._line(block.text, "dim")
+            case Facts():
+                self._facts(block)
+            case Table():
+                self._table(block)
+            case Histogram():
+                self._histogram(block)
+            case Tokens():
+                self._tokens(block)
+
+    def _line(self, text: str, style: str = "", *, whole: bool = False) -> None:
+        """Print a line; `whole` leaves breaking it to the terminal, so that it can be searched and copied."""
+        shown = Text(clean(text), style if self._colour else "")
+        self._console.print(shown, overflow="ignore" if whole else "fold", soft_wrap=whole)
+
+    def _facts(self, block: Facts) -> None:
+        grid = RichTable.grid(padding=(0, 2))
+        grid.add_column(no_wrap=True)
+        grid.add_column(overflow="fold")
+        for name, value in block.rows:
+            grid.add_row(Text(f"  {clean(name)}", "dim" if self._colour else ""), Text(clean(value)))
+        self._console.print(grid)
+
+    def _table(self, block: Table) -> None:
+        table = RichTable(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 0))
+        for number, column in enumerate(block.columns):
+            words = number in block.words
+            table.add_column(
+                clean(column), justify="left" if words else "right", overflow="fold", no_wrap=not words
+            )
+        for row in block.rows:
+            table.add_row(*(Text(clean(cell)) for cell in row))
+        if Measurement.get(self._console, self._console.options, table).maximum + 2 * len(block.columns) <= (
+            self._console.width
+        ):
+            table.padding = (0, 1)
+        self._console.print(table)
+
+    def _histogram(self, block: Histogram) -> None:
+        most = max((count for _, count, _ in block.bars), default=0)
+        label_width = max((len(label) for label, _, _ in block.bars), default=0)
+        self._line(f"  {block.title}", "dim")
+        for label, count, marked in block.bars:
+            eighths = round(8 * _BAR * count / max(most, 1))
+            bar = "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
+            text = Text(f"  {label:>{label_width}} ")
+            text.append(bar or ("▏" if count else ""), ("red" if marked else "blue") if self._colour else "")
+            text.append(f" {count:,}" + ("  *" if marked and count else ""))
+            self._console.print(text)
+        if block.remark and any(marked and count for _, count, marked in block.bars):
+            self._line(f"  * {block.remark}", "dim")
+
+    def _tokens(self, block: Tokens) -> None:
+        self._line("")
+        title = clean(block.title)
+        self._line(f"── {title} {'─' * (self._console.width - cell_len(title) - 4)}".rstrip(), "dim")
+        line, used = Text(), 0
+        for text, style in self._coloured(block) if self._colour else self._bracketed(block):
+            for number, part in enumerate(text.split("\n")):
+                # Lines are broken between tokens alone, so that no space is lost.
+                if number or (used and used + cell_len(part) > self._console.width):
+                    self._console.print(line, overflow="fold")
+                    line, used = Text(), 0
+                line.append(part, style)
+                used += cell_len(part)
+        if used:
+            self._console.print(line, overflow="fold")
+
+    def _coloured(self, block: Tokens) -> Iterator[tuple[str, str]]:
+        for number, cell in enumerate(block.cells):
+            style = _SHADES[cell.kind][number % 2]
+            if cell.special:
+                style = "bold magenta" if cell.kind == "trained" else "magenta dim"
+            yield self._text(cell), style
+
+    def _bracketed(self, block: Tokens) -> Iterator[tuple[str, str]]:
+        """Boundaries as `│`, stretches that are no targets in ⟦ ⟧."""
+        inside, boundary = False, ""
+        for cell in block.cells:
+            masked = cell.kind in ("masked", "padding")
+            if cell.kind != "remark" and masked != inside:
+                boundary, inside = "⟦" if masked else "⟧", masked
+            text = self._text(cell)
+            yield boundary + text, ""
+            boundary = "" if text.endswith("\n") else "│"
+        if inside:
+            yield "⟧", ""
+
+    def _text(self, cell: Cell) -> str:
+        """A token as text, with its id where that is wanted, before the line break that it may end with."""
+        if not self._ids or not cell.ids or cell.text == f"⟨{cell.ids[0]}⟩":
+            return cell.text
+        shown = cell.text.rstrip("\n")
+        return f"{shown}⟨{'+'.join(map(str, cell.ids))}⟩{cell.text[len(shown) :]}"
