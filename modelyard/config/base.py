@@ -39,7 +39,8 @@ def _as_meant(value: Any, field: FieldInfo | None) -> Any:
     if field is None or not isinstance(value, float | str):
         return value
     allowed = _alternatives(field.annotation)
-    if isinstance(value, float) and value.is_integer() and int in allowed and float not in allowed:
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**63
+    if whole and int in allowed and float not in allowed:
         return int(value)
     if isinstance(value, str) and value and Path in allowed and str not in allowed:
         return Path(value).expanduser()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -27,8 +27,9 @@ class BatchConfig(Section):
     """Whether tokens see the other documents of their row; `no` isolates attention, positions and labels."""
     truncate_documents: bool = True
     """Whether documents are cut where a row ends; `no` packs whole documents and pads."""
-    use_loss_masking_spans: bool = False
-    """Whether the spans stored by `prepare` (dataset.loss_masking_spans) are left out of the loss."""
+    use_loss_masking_spans: bool | Literal["auto"] = False
+    """Whether the spans stored by `prepare` (dataset.loss_masking_spans) are left out of the loss; `yes` needs them in every
+    dataset, `auto` takes them where there are some."""
 
     @model_validator(mode="before")
     @classmethod

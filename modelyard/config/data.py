@@ -18,7 +18,6 @@ from modelyard.errors import did_you_mean
 REFUSED_DATASET_TYPES = {
     "fim": "fill-in-the-middle datasets are not supported yet",
     "streaming": "Redis streams are not supported",
-    "concatenated_memmap": "list the stores: type: concatenated, datasets: [{type: memmap, path: …}, …]",
     "legacy": "write data.datasets instead of data.format/path/split",
     "test_slow": "it is a test helper of another program",
 }
@@ -80,16 +79,26 @@ class FileDataset(Section):
 
 
 class MemmapDataset(Section):
-    """A prepared token store."""
+    """Prepared tokens: a token store, or what another program has prepared."""
 
     type: Literal["memmap"]
     """`memmap`."""
     path: Path
-    """Folder of the store (the one with `manifest.json`)."""
+    """Folder of a token store; or the common part of a `.bin`/`.idx` pair's names, or a `.fast_llm_dataset` file."""
     num_documents: int | None = Field(default=None, ge=0)
     """Checked against the store when given. Unit: documents; default null (not checked)."""
     num_tokens: int | None = Field(default=None, ge=0)
     """Checked against the store when given. Unit: tokens; default null (not checked)."""
+
+
+class ConcatenatedMemmapDataset(Section):
+    """All the prepared files of a folder, one after the other: the older spelling of `concatenated`."""
+
+    type: Literal["concatenated_memmap"]
+    """`concatenated_memmap`."""
+    path: Path
+    """The folder. Its `index.txt` names the files (without ending), one a line; without one, all `*.idx` in the order of
+    their names."""
 
 
 class ConcatenatedDataset(Section):
@@ -183,6 +192,7 @@ class RandomDataset(Section):
 DatasetConfig = Annotated[
     Annotated[FileDataset, Tag("file")]
     | Annotated[MemmapDataset, Tag("memmap")]
+    | Annotated[ConcatenatedMemmapDataset, Tag("concatenated_memmap")]
     | Annotated[ConcatenatedDataset, Tag("concatenated")]
     | Annotated[SliceDataset, Tag("slice")]
     | Annotated[BlendedDataset, Tag("blended")]
@@ -195,6 +205,7 @@ DatasetConfig = Annotated[
 DATASET_TYPES: dict[str, type[Section]] = {
     "file": FileDataset,
     "memmap": MemmapDataset,
+    "concatenated_memmap": ConcatenatedMemmapDataset,
     "concatenated": ConcatenatedDataset,
     "slice": SliceDataset,
     "blended": BlendedDataset,

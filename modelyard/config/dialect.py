@@ -2,7 +2,7 @@
 
 Eras (months in which a spelling was right in the program whose guides are read here): A 2024-12, C1 2025-01 to 03,
 C2 2025-03 to 06, B 2025-06 to 09. The canonical spelling is B's, except where Modelyard's sections say otherwise.
-Each repair leaves one notice. A newer dialect joins by adding rows to `REPAIRS` and dropping its rows of `NEWEST`.
+Each repair leaves one notice. What the newest dialect only renamed is here too; the rest of it is in `newest.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelyard.config.document import Document, KeyPath, dotted
+from modelyard.config.newest import RENAMED
+from modelyard.config.problems import shown
+
+
+class Notice(str):
+    """One line about what was rewritten, which knows the key that it is about."""
+
+    path: KeyPath
+    """Where the value is now; empty where nothing is left of it."""
+    was: str
+    """How it was written, short."""
+
+    def __new__(cls, line: str, path: KeyPath = (), was: str = "") -> Notice:
+        notice = super().__new__(cls, line)
+        notice.path, notice.was = path, was
+        return notice
 
 
 class Conflict(Exception):
@@ -24,19 +40,16 @@ class Repair:
     """One row: `apply` rewrites a document and yields notices (without a row to act on it yields none)."""
 
     name: str
-    apply: Callable[[Document], Iterator[str]]
+    apply: Callable[[Document], Iterator[Notice]]
 
 
 def _path(key: str) -> KeyPath:
     return tuple(key.split("."))
 
 
-def _notice(document: Document, old: KeyPath, new: str) -> str:
-    return f"{document.origin(old)}: {dotted(old)} is now {new}"
-
-
-def _move(document: Document, old: KeyPath, new: KeyPath) -> str:
-    notice = _notice(document, old, dotted(new))
+def move(document: Document, old: KeyPath, new: KeyPath) -> Notice:
+    """Move a key and say so. Raises Conflict where both spellings are given."""
+    notice = Notice(f"{document.origin(old)}: {dotted(old)} is now {dotted(new)}", new, dotted(old))
     if document.has(new):
         raise Conflict(
             f"{document.origin(old)}: {dotted(old)} is an older spelling of {dotted(new)}, which is also given "
@@ -49,9 +62,9 @@ def _move(document: Document, old: KeyPath, new: KeyPath) -> str:
 def renamed(old: str, new: str) -> Repair:
     """A key or section that moved, value untouched."""
 
-    def apply(document: Document) -> Iterator[str]:
+    def apply(document: Document) -> Iterator[Notice]:
         if document.has(_path(old)):
-            yield _move(document, _path(old), _path(new))
+            yield move(document, _path(old), _path(new))
 
     return Repair(f"{old} -> {new}", apply)
 
@@ -59,12 +72,12 @@ def renamed(old: str, new: str) -> Repair:
 def converted(old: str, new: str, convert: Callable[[Any], Any]) -> Repair:
     """A key that moved and whose value is written differently."""
 
-    def apply(document: Document) -> Iterator[str]:
+    def apply(document: Document) -> Iterator[Notice]:
         if document.has(_path(old)):
-            notice = _move(document, _path(old), _path(new))
+            notice = move(document, _path(old), _path(new))
             value, origin = document.get(_path(new)), document.origin(_path(new))
             document.put(_path(new), convert(value), origin)
-            yield f"{notice}: {convert(value)}"
+            yield Notice(f"{notice}: {convert(value)}", notice.path, f"{notice.was}: {shown(value)}")
 
     return Repair(f"{old} -> {new}", apply)
 
@@ -73,24 +86,24 @@ EVALUATORS: KeyPath = ("training", "evaluators")
 _EVALUATOR_KEYS = {"interval", "offset", "evaluator"}
 
 
-def _validation(document: Document) -> Iterator[str]:
+def _validation(document: Document) -> Iterator[Notice]:
     """A and C1: `training.validation: {iterations, interval, offset}`."""
     old = ("training", "validation")
     if document.has(old):
-        yield _move(document, old, (*EVALUATORS, "validation"))
+        yield move(document, old, (*EVALUATORS, "validation"))
         _flat_keys_into_evaluator(document, (*EVALUATORS, "validation"))
 
 
-def _evaluations(document: Document) -> Iterator[str]:
+def _evaluations(document: Document) -> Iterator[Notice]:
     """C2: `training.evaluations: {NAME: {iterations, interval, offset}}`."""
     old = ("training", "evaluations")
     if isinstance(document.get(old), dict):
         for name in list(document.get(old)):
-            yield _move(document, (*old, name), (*EVALUATORS, name))
+            yield move(document, (*old, name), (*EVALUATORS, name))
             _flat_keys_into_evaluator(document, (*EVALUATORS, name))
 
 
-def _unnamed_evaluator(document: Document) -> Iterator[str]:
+def _unnamed_evaluator(document: Document) -> Iterator[Notice]:
     """One guide prints a single evaluator without its name: it is called after its dataset."""
     section = document.get(EVALUATORS)
     if not isinstance(section, dict) or not section or not set(section) & _EVALUATOR_KEYS:
@@ -106,17 +119,22 @@ def _unnamed_evaluator(document: Document) -> Iterator[str]:
     name = str(evaluator["dataset_name"])
     for key in list(section):
         document.move((*EVALUATORS, key), (*EVALUATORS, name, key))
-    yield f"{origin}: the unnamed evaluator in {dotted(EVALUATORS)} is now {dotted((*EVALUATORS, name))}"
+    named = (*EVALUATORS, name)
+    line = f"{origin}: the unnamed evaluator in {dotted(EVALUATORS)} is now {dotted(named)}"
+    yield Notice(line, named, "without a name")
 
 
-def _flat_evaluators(document: Document) -> Iterator[str]:
+def _flat_evaluators(document: Document) -> Iterator[Notice]:
     """B's own shorthand, and the newest dialect's form: the evaluator's keys beside its interval."""
     section = document.get(EVALUATORS)
     for name in list(section) if isinstance(section, dict) else []:
         path = (*EVALUATORS, name)
         if moved := _flat_keys_into_evaluator(document, path):
             origin = document.origin((*path, "evaluator", moved[0]))
-            yield f"{origin}: {dotted(path)}: {', '.join(moved)} now belongs in {dotted((*path, 'evaluator'))}"
+            line = (
+                f"{origin}: {dotted(path)}: {', '.join(moved)} now belongs in {dotted((*path, 'evaluator'))}"
+            )
+            yield Notice(line, (*path, "evaluator"), "beside the interval")
 
 
 _FLAT_KEYS = (
@@ -136,29 +154,72 @@ def _flat_keys_into_evaluator(document: Document, path: KeyPath) -> list[str]:
     entry = document.get(path)
     moved = [key for key in _FLAT_KEYS if isinstance(entry, dict) and key in entry]
     for key in moved:
-        _move(document, (*path, key), (*path, "evaluator", key))
+        move(document, (*path, key), (*path, "evaluator", key))
     return moved
 
 
-def _capitalised_datasets(document: Document) -> Iterator[str]:
+def _capitalised_datasets(document: Document) -> Iterator[Notice]:
     for name in ("Training", "Validation", "Test"):
         if document.has(("data", "datasets", name)):
-            yield _move(document, ("data", "datasets", name), ("data", "datasets", name.lower()))
+            yield move(document, ("data", "datasets", name), ("data", "datasets", name.lower()))
 
 
-def _bare_learning_rate(document: Document) -> Iterator[str]:
+def _bare_learning_rate(document: Document) -> Iterator[Notice]:
     path = ("optimizer", "learning_rate")
     value = document.get(path)
     if isinstance(value, int | float) and not isinstance(value, bool):
         origin = document.origin(path)
         document.put((*path, "base"), value, origin)
-        yield f"{origin}: optimizer.learning_rate is now optimizer.learning_rate.base"
+        new = (*path, "base")
+        yield Notice(
+            f"{origin}: optimizer.learning_rate is now {dotted(new)}", new, "optimizer.learning_rate"
+        )
+
+
+def _one_worker_count(document: Document) -> Iterator[Notice]:
+    """Preparation, newest dialect: one number for what has three."""
+    old, new = ("num_workers",), ("loading_workers", "tokenize_workers", "saving_workers")
+    if not document.has(old):
+        return
+    for name in new:
+        if document.has((name,)):
+            raise Conflict(
+                f"{document.origin(old)}: num_workers is another spelling of {', '.join(new)}, and {name} is also given "
+                f"({document.origin((name,))}); keep one"
+            )
+    value, origin = document.get(old), document.origin(old)
+    document.take(old)
+    for name in new:
+        document.put((name,), value, origin)
+    yield Notice(f"{origin}: num_workers is now {', '.join(new)}", (new[0],), "num_workers")
+
+
+def left_out(key: str, why: str) -> Repair:
+    """A key of preparation that nothing here depends on."""
+
+    def apply(document: Document) -> Iterator[Notice]:
+        if document.has(_path(key)):
+            value, origin = document.get(_path(key)), document.origin(_path(key))
+            document.take(_path(key))
+            yield Notice(f"{origin}: {key}: {shown(value)} is left out: {why}", (), f"{key}: {shown(value)}")
+
+    return Repair(f"{key} -> nothing", apply)
 
 
 def _theta(scale: Any) -> Any:
     """A's rotary_embedding_scale is -ln(theta); what is no such number is left for the validation to refuse."""
     number = isinstance(scale, int | float) and not isinstance(scale, bool)
     return round(math.exp(-scale), 6) if number and -50 < scale < 50 else scale
+
+
+def read_as_fused(document: Document) -> Iterator[Notice]:
+    """`cross_entropy_impl: triton`, which every dialect has, on the merged document."""
+    path = ("model", "base_model", "cross_entropy_impl")
+    if document.get(path) == "triton":
+        origin = document.origin(path)
+        document.put(path, "fused", origin)
+        line = f"{origin}: {dotted(path)}: triton is read as fused (the kernel follows the hardware)"
+        yield Notice(line, path, "triton")
 
 
 _TRANSFORMER = "model.base_model.transformer"
@@ -189,46 +250,23 @@ REPAIRS: tuple[Repair, ...] = (
     renamed(f"{_TRANSFORMER}.layer_norm_eps", f"{_TRANSFORMER}.normalization.epsilon"),
     renamed(f"{_TRANSFORMER}.normalization.layer_norm_eps", f"{_TRANSFORMER}.normalization.epsilon"),
     renamed("dataset.name_or_path", "dataset.path"),  # preparation, A
+    Repair("num_workers -> loading_workers, tokenize_workers, saving_workers", _one_worker_count),
+    left_out("documents_per_shard", "a shard is closed by its size, see tokens_per_shard"),
+    left_out("dataset.load_from_disk", "a save_to_disk folder is recognised by its files"),
+    renamed("add_bos", "tokenizer.add_bos"),
+    renamed("add_eos", "tokenizer.add_eos"),
+    *(renamed(old, new) for old, new in RENAMED.items()),
 )
 """Old to new, in order; each row acts on one file or override at a time."""
 
 
-NEWEST: dict[str, str] = {
-    "model.base_model.hidden_size": f"{_TRANSFORMER}.hidden_size",
-    "model.base_model.tied_embedding_weight": "model.base_model.tie_word_embeddings",
-    "model.base_model.embeddings": "model.base_model.vocab_size",
-    "model.base_model.decoder": f"{_TRANSFORMER} (num_layers, num_attention_heads, ffn_hidden_size, ...)",
-    "model.base_model.head": f"{_TRANSFORMER}.normalization",
-    "model.base_model.peft": f"{_TRANSFORMER}, without peft (LoRA is not supported yet)",
-    "model.distributed.compute_dtype": "model.distributed.training_dtype",
-    "model.distributed.backend": "nothing (there is one process)",
-    "model.distributed.use_cuda": "nothing (a GPU is used where there is one)",
-    "data.micro_batch_size": "batch.micro_batch_size (in sequences) with batch.sequence_length",
-    "data.maximum_document_length": "batch.sequence_length",
-    "data.seed": "data.sampling.seed",
-    "data.gpu": "data.sampling.gpu",
-    "data.shuffle": "data.sampling.shuffle",
-    "schedule.depth_first_micro_batches": "batch.sequential_micro_batches",
-    "schedule.breadth_first_micro_batches": "batch.sequential_micro_batches",
-    "schedule.micro_batch_splits": "batch.micro_batch_size",
-}
-"""Keys of the newest dialect (Fast-LLM >= 0.3), which is not read yet, and what to write."""
-
-
-def repair(document: Document) -> tuple[list[str], list[str]]:
-    """Rewrite older spellings in `document`; return (notices, problems), one line each."""
-    notices: list[str] = []
+def repair(document: Document) -> tuple[list[Notice], list[str]]:
+    """Rewrite other spellings in `document`; return (notices, problems), one line each."""
+    notices: list[Notice] = []
     problems: list[str] = []
     for row in REPAIRS:
         try:
             notices.extend(row.apply(document))
         except Conflict as conflict:
             problems.append(str(conflict))
-    for key, instead in NEWEST.items():
-        if document.has(_path(key)):
-            problems.append(
-                f"{document.origin(_path(key))}: {key} is the newest dialect (Fast-LLM >= 0.3), not read yet; write {instead}"
-            )
-            document.take(_path(key))
-            document.prune(_path(key)[:-1])
     return notices, problems

@@ -7,6 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from modelyard.config.dialect import Notice
 from modelyard.config.document import Document
 from modelyard.config.problems import shown
 from modelyard.errors import UserError, did_you_mean
@@ -17,7 +18,7 @@ _NAMES = ("training", "validation", "test")
 _DEFAULT_SPLIT = [969, 30, 1]
 
 
-def rewrite_data(document: Document) -> tuple[list[str], list[str]]:
+def rewrite_data(document: Document) -> tuple[list[Notice], list[str]]:
     """Turn `data.format/path/split` into `data.datasets`; return (notices, problems)."""
     data = document.get(("data",))
     given = [key for key in _KEYS if isinstance(data, dict) and key in data]
@@ -40,10 +41,11 @@ def rewrite_data(document: Document) -> tuple[list[str], list[str]]:
         document.take(("data", key))
     if not problems:
         document.put(("data", "datasets"), datasets, origin)
+    if problems:
+        return [], problems
     words = "/".join(given)
-    return [
-        f"{origin}: data.{words} is now data.datasets: {', '.join(datasets)}"
-    ] if not problems else [], problems
+    line = f"{origin}: data.{words} is now data.datasets: {', '.join(datasets)}"
+    return [Notice(line, ("data", "datasets"), f"data.{words}")], []
 
 
 def _datasets(document: Document) -> dict[str, Any]:

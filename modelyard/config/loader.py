@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
 from modelyard.config.architecture import Architecture
-from modelyard.config.data import DatasetConfig, FileDataset, MemmapDataset
-from modelyard.config.dialect import repair
+from modelyard.config.data import ConcatenatedMemmapDataset, DatasetConfig, FileDataset, MemmapDataset
+from modelyard.config.dialect import Notice
 from modelyard.config.document import Document, KeyPath, dotted
 from modelyard.config.huggingface import FAMILIES, can_export, read_architecture
-from modelyard.config.legacy_data import rewrite_data
 from modelyard.config.model import architecture_of, architecture_problems, base_model_of
 from modelyard.config.neighbours import NoEffect, take_neighbours
+from modelyard.config.newest import BATCH_SIZE, DIALECT
 from modelyard.config.prepare import PrepareConfig
 from modelyard.config.presets import preset
-from modelyard.config.problems import explain, faulty_paths, known_keys, shown
+from modelyard.config.problems import explain, faulty_paths, shown
+from modelyard.config.reading import Kind, Reading, read_documents
+from modelyard.config.scales import scale_problems
 from modelyard.config.train import TrainConfig
 from modelyard.config.training import LossEvaluatorConfig
-from modelyard.config.yaml import parse_override, read_yaml
 from modelyard.errors import UserError, did_you_mean, missing_path
 
-Kind = Literal["train", "prepare"]
 BASE_MODEL: KeyPath = ("model", "base_model")
 TRANSFORMER: KeyPath = (*BASE_MODEL, "transformer")
 
@@ -63,6 +62,8 @@ class Loaded:
     """Keys that were given and that nothing here depends on."""
     problems: list[str] = field(default_factory=list)
     """What has to be changed before it can run; empty unless `load_config(..., keep_problems=True)` was asked."""
+    silent_shape: dict[KeyPath, Any] = field(default_factory=dict)
+    """Keys that make the kind of decoder, where nothing is written and the dialect's defaults hold."""
 
     @property
     def train(self) -> TrainConfig:
@@ -90,14 +91,26 @@ def load_config(
     caller can use; None takes what the keys say. Raises UserError with every problem found; with `keep_problems`
     those of a configuration that could be understood are in `problems` instead, for a caller that shows it whole.
     """
-    document, notices, problems = _read(files, overrides)
-    found = _kind(document, kind)
-    if found == "train":
-        more_notices, more_problems = rewrite_data(document)
-        notices, problems = notices + more_notices, problems + more_problems
-    written = deepcopy(document.values)
-    origins = dict(document.origins)
-    if found == "prepare":
+    return load_reading(read_documents(files, overrides, kind), keep_problems=keep_problems)
+
+
+def load_reading(reading: Reading, *, keep_problems: bool = False) -> Loaded:
+    """Check what was read; `load_config` from there on. `reading` is left as it is."""
+    problems = list(reading.problems)
+    try:
+        return _checked(reading, problems, keep_problems)
+    except UserError as error:
+        raise UserError(*reading.as_written(error.problems)) from None
+
+
+def _checked(reading: Reading, problems: list[str], keep_problems: bool) -> Loaded:
+    document = Document(
+        deepcopy(reading.document.values), dict(reading.document.origins), reading.document.name
+    )
+    notices: list[str] = list(reading.notices)
+    written = reading.document.values
+    origins = reading.document.origins
+    if reading.kind == "prepare":
         prepare_config, _ = _validated(document, PrepareConfig, problems)
         if problems:
             raise UserError(*dict.fromkeys(problems))
@@ -106,14 +119,17 @@ def load_config(
     more_problems, without_effect = take_neighbours(document)
     problems += more_problems
     before = len(problems)
-    base, pretrained, warnings = _starting_point(document, problems)
+    base, pretrained, warnings = starting_point(document, problems)
     found_start = len(problems) == before
     if any(document.has((*TRANSFORMER, "rotary", key)) for key in STRETCHING):
         # The positions are stretched in another way than the preset or pretrained model says: its longest is void.
         base.discard((*BASE_MODEL, "max_position_embeddings"))
+    notices += add_defaults(reading, document, base)
     explicit = Document(deepcopy(document.values), dict(document.origins), document.name)
     base.merge(document)
-    config, faulty = _validated(base, TrainConfig, problems)
+    # Where the translation says what is missing, it says it better.
+    said = (BATCH_SIZE,) if reading.translation.batch_size_is_said else ()
+    config, faulty = _validated(base, TrainConfig, problems, said)
     assert isinstance(config, TrainConfig)
     architecture = None
     known = found_start and (
@@ -124,6 +140,11 @@ def load_config(
         warnings += _short_positions(architecture, config, base)
     if architecture is not None:
         _check_export(config, architecture, base, problems)
+        default = config.optimizer.default_learning_rate_scale
+        factors = scale_problems(config.model.base_model, architecture, 1.0 if default is None else default)
+        for key, problem in factors:
+            path = (*BASE_MODEL, *key.split("."))
+            problems.append(f"{base.origin(path)}: {dotted(path)}: {problem}")
         if pretrained is not None and config.pretrained is not None and config.pretrained.model_weights:
             _check_weights_fit(architecture, pretrained, base, problems)
     if not faulty & {"training", "data"}:
@@ -132,60 +153,25 @@ def load_config(
     if problems and (faulty or not keep_problems):
         raise UserError(*dict.fromkeys(problems))
     warnings += _missing_data(config, base)
-    notices += _chosen(config, base)
+    silent = _silent_shape(config, base) if architecture is not None else {}
+    notices += _chosen_shape(silent, base)
     return Loaded(
-        "train", config, architecture, notices, warnings, written, origins, without_effect, problems
+        "train",
+        config,
+        architecture,
+        notices,
+        warnings,
+        written,
+        origins,
+        without_effect,
+        reading.as_written(problems),
+        silent,
     )
 
 
-def _read(files: Sequence[Path | str], overrides: Sequence[str]) -> tuple[Document, list[str], list[str]]:
-    """All files and overrides, each repaired, merged left to right."""
-    notices: list[str] = []
-    problems: list[str] = []
-    merged = Document({}, {}, str(files[0]) if files else "the configuration")
-    if not files and not overrides:
-        raise UserError("no configuration given; name a YAML file")
-    readers = [partial(read_yaml, Path(file)) for file in files]
-    readers += [partial(parse_override, text, number) for number, text in enumerate(overrides, start=1)]
-    documents = []
-    for read in readers:
-        try:
-            documents.append(read())
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError(*problems)
-    for document in documents:
-        more_notices, more_problems = repair(document)
-        notices, problems = notices + more_notices, problems + more_problems
-        merged.merge(document)
-    return merged, notices, problems
-
-
-def _kind(document: Document, wanted: str | None) -> Kind:
-    """Whether the keys are those of a training or of a preparation config."""
-    keys = [str(key) for key in document.values]
-    train = sum(key in known_keys(TrainConfig, (), document) for key in keys)
-    prepare = sum(key in PrepareConfig.model_fields for key in keys)
-    if wanted not in ("train", "prepare", None):
-        raise ValueError(f"unknown kind of configuration {wanted!r}")
-    if not train and not prepare:
-        if wanted is not None:
-            return "train" if wanted == "train" else "prepare"
-        sections = [*TrainConfig.model_fields, *PrepareConfig.model_fields]
-        hint = did_you_mean(keys[0], sections) if keys else ""
-        raise UserError(
-            f"{document.name}: neither a training nor a preparation configuration (found {', '.join(keys[:5])}{hint}); "
-            f"training has {', '.join(TrainConfig.model_fields)}"
-        )
-    found: Kind = "prepare" if prepare > train else "train"
-    if wanted not in (found, None):
-        what = {"train": "training", "prepare": "data preparation"}
-        raise UserError(f"{document.name} is a configuration for {what[found]}; use `modelyard {found}`")
-    return found
-
-
-def _validated(document: Document, schema: type[Any], problems: list[str]) -> tuple[Any, set[str | int]]:
+def _validated(
+    document: Document, schema: type[Any], problems: list[str], said: Collection[KeyPath] = ()
+) -> tuple[Any, set[str | int]]:
     """The typed configuration, and which top-level sections have problems (they go to `problems`).
 
     So that what else is wrong can be said in the same go, the faulty keys are then left out. Raises UserError where
@@ -194,7 +180,7 @@ def _validated(document: Document, schema: type[Any], problems: list[str]) -> tu
     try:
         return schema.model_validate(document.values), set()
     except ValidationError as error:
-        problems += explain(error, document, schema)
+        problems += explain(error, document, schema, said)
         faulty = faulty_paths(error, document)
     rest = Document(deepcopy(document.values), {}, document.name)
     for path in faulty:
@@ -205,7 +191,26 @@ def _validated(document: Document, schema: type[Any], problems: list[str]) -> tu
         raise UserError(*dict.fromkeys(problems)) from None
 
 
-def _starting_point(
+def add_defaults(reading: Reading, document: Document, base: Document) -> list[Notice]:
+    """Write defaults of the newest dialect that are not today's into `base`, where they hold; return what to say."""
+    known = not shape_is_absent(document, base)
+    defaults = reading.translation.defaults(document, base, shape_known=known)
+    for path, value in defaults.items():
+        base.put(path, value, f"default of {DIALECT}")
+    return reading.translation.defaults_notice(defaults)
+
+
+def shape_is_absent(document: Document, base: Document) -> bool:
+    """Whether the shape comes from a pretrained model that is not there; `base` is its `starting_point`."""
+    wanted = isinstance(document.get(("pretrained", "path")), str)
+    return (
+        wanted
+        and document.get(("pretrained", "load_config"), "model") == "model"
+        and not base.has(BASE_MODEL)
+    )
+
+
+def starting_point(
     document: Document, problems: list[str]
 ) -> tuple[Document, Architecture | None, list[str]]:
     """Preset and pretrained model as a document to merge the user's over; the pretrained shape; warnings."""
@@ -230,7 +235,7 @@ def _starting_point(
         problems += [f"{origin}: pretrained.path: {problem}" for problem in str(error).splitlines()]
         return base, None, warnings
     wanted = document.get(("pretrained", "format"), "auto")
-    if wanted in FAMILIES and wanted != family:
+    if isinstance(wanted, str) and wanted in FAMILIES and wanted != family:
         problems.append(
             f"{document.origin(('pretrained', 'format'))}: pretrained.format is {wanted}, but {folder}/config.json "
             f"says {family}; write format: {family}"
@@ -262,7 +267,7 @@ def _architecture(
             "model.base_model.transformer (num_layers, hidden_size, ...)"
         )
         return None
-    refused = architecture_problems(config.model.base_model)
+    refused = architecture_problems(config.model.base_model, config.batch.sequence_length)
     for key, problem in refused:
         path = (*BASE_MODEL, *key.split("."))
         default = "" if document.has(path) else " (it is not given, and the dialect's default holds)"
@@ -300,6 +305,9 @@ _SHAPES = {
     "transformer.head_groups": "head_groups",
     "transformer.kv_channels": "head_size",
     "transformer.ffn_hidden_size": "ffn_hidden_size",
+    "transformer.gated": "gated",
+    "transformer.normalization.type": "norm_type",
+    "max_position_embeddings": "position_embeddings",
 }
 
 
@@ -356,6 +364,33 @@ def _check_types(config: TrainConfig, document: Document, problems: list[str]) -
         )
 
 
+def _silent_shape(config: TrainConfig, document: Document) -> dict[KeyPath, Any]:
+    """What makes the kind of decoder and is left to the dialect's defaults, which are not those of Llama."""
+    transformer = config.model.base_model.transformer
+    values: dict[str, Any] = {
+        "normalization.type": transformer.normalization.type,
+        "gated": transformer.gated,
+        "add_linear_biases": transformer.add_linear_biases,
+        "rotary.type": transformer.rotary.type,
+    }
+    paths = {(*TRANSFORMER, *key.split(".")): value for key, value in values.items()}
+    return {path: value for path, value in paths.items() if not document.has(path)}
+
+
+def _chosen_shape(silent: dict[KeyPath, Any], document: Document) -> list[str]:
+    """One line where defaults decide what kind of decoder is trained."""
+    if not silent:
+        return []
+    held = ", ".join(
+        f"{dotted(path[len(TRANSFORMER) :])}: {shown(value)}".replace("'", "")
+        for path, value in silent.items()
+    )
+    return [
+        f"{document.origin(TRANSFORMER)}: {dotted(TRANSFORMER)} does not say all that makes the kind of decoder; the "
+        f"dialect's defaults hold: {held}"
+    ]
+
+
 def _missing_data(config: TrainConfig, document: Document) -> list[str]:
     """One line for each dataset file or store that is named and not there."""
     lines = []
@@ -373,18 +408,11 @@ def _missing_data(config: TrainConfig, document: Document) -> list[str]:
 
 
 def _paths(dataset: DatasetConfig) -> Iterable[Path]:
-    if isinstance(dataset, FileDataset | MemmapDataset):
+    if isinstance(dataset, MemmapDataset) and not dataset.path.exists():
+        index = dataset.path.with_name(dataset.path.name + ".idx")  # a pair of another program: a prefix
+        yield index if index.exists() else dataset.path
+    elif isinstance(dataset, FileDataset | MemmapDataset | ConcatenatedMemmapDataset):
         yield dataset.path
     for below in (getattr(dataset, "dataset", None), *getattr(dataset, "datasets", ())):
         if below is not None:
             yield from _paths(below)
-
-
-def _chosen(config: TrainConfig, document: Document) -> list[str]:
-    """Values that are read as another one."""
-    path = (*BASE_MODEL, "cross_entropy_impl")
-    if config.model.base_model.cross_entropy_impl == "triton":
-        return [
-            f"{document.origin(path)}: {dotted(path)}: triton is read as fused (the kernel follows the hardware)"
-        ]
-    return []

@@ -3,50 +3,77 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from modelyard.config.architecture import Architecture, Rotary
+from modelyard.config.architecture import Activation, Architecture, Rotary
 from modelyard.config.base import DataType, Section
 
-Biases = Literal["everywhere", "nowhere", "only_attn_qkv", "only_attn", "only_mlp"]
+Biases = Literal[
+    "everywhere",
+    "nowhere",
+    "only_attn_qkv",
+    "only_attn",
+    "only_mlp",
+    "only_attn_output",
+    "attn_qkv_and_mlp",
+    "attn_output_and_mlp",
+]
 
-# Which of (query/key/value, attention output, feed-forward) carry a bias. The last two are Modelyard's own words, for
-# Hugging Face folders that have `attention_bias` without `mlp_bias` or the reverse.
+# Which of (query/key/value, attention output, feed-forward) carry a bias. All but the first three are Modelyard's own
+# words: Hugging Face folders have `attention_bias` without `mlp_bias`, the newest dialect a switch for each layer.
 BIASES: dict[Biases, tuple[bool, bool, bool]] = {
     "everywhere": (True, True, True),
     "nowhere": (False, False, False),
     "only_attn_qkv": (True, False, False),
     "only_attn": (True, True, False),
     "only_mlp": (False, False, True),
+    "only_attn_output": (False, True, False),
+    "attn_qkv_and_mlp": (True, False, True),
+    "attn_output_and_mlp": (False, True, True),
 }
+_BIAS_WORDS = {where: word for word, where in BIASES.items()}
+
+NonNegative = Annotated[float, Field(ge=0)]
+
+INIT_PARTS = {"qkv": "qkv", "attn_proj": "attention_output", "mlp_1": "mlp_in", "mlp_2": "mlp_out"}
+"""`init_method_{std,min,max}_<part>` -> the name that `modelyard.model.init` has for the part."""
+
+LEARNED_POSITIONS = 2048
+"""Rows of the table of learned positions where `max_position_embeddings` says nothing, in tokens."""
 
 
 class NormalizationConfig(Section):
     """Normalisation of every block and of the final hidden states."""
 
     type: Literal["layer_norm", "rms_norm", "none"] = "layer_norm"
-    """Kind of normalisation. Only rms_norm is built; the default is the dialect's and has to be overridden."""
+    """`layer_norm` (a weight and a bias) or `rms_norm` (a weight); none is not built."""
     epsilon: float = Field(default=1e-5, gt=0)
-    """Added to the mean square before the root."""
+    """Added to the variance or mean square before the root."""
 
 
 class RotaryConfig(Section):
     """Rotary position embedding."""
 
     type: Literal["none", "default", "llama3", "yarn"] = "none"
-    """`default`, or `llama3` (Llama 3.1's stretching of the low frequencies); yarn is not built."""
+    """`default`, or one that stretches the low frequencies: `llama3` (Llama 3.1's rule) or `yarn`."""
     theta: float = Field(default=10_000.0, gt=0)
     """Base of the wavelengths."""
     scale_factor: float = Field(default=8.0, gt=0)
-    """llama3: by how much the low frequencies are stretched."""
+    """llama3 and yarn: by how much the low frequencies are stretched."""
     low_frequency_factor: float = Field(default=1.0, gt=0)
     """llama3: wavelengths above original_context_length / this are stretched in full."""
     high_frequency_factor: float = Field(default=4.0, gt=0)
     """llama3: wavelengths below original_context_length / this are kept."""
     original_context_length: int = Field(default=8192, gt=0)
-    """llama3: context length before the stretching, in tokens."""
+    """llama3 and yarn: context length before the stretching, in tokens."""
+    attention_factor: float | None = Field(default=None, gt=0)
+    """yarn: factor on cos and sin; default: 0.1 ln(scale_factor) + 1."""
+    beta_fast: float = Field(default=32.0, gt=0)
+    """yarn: pairs that turn more often than this within original_context_length are kept."""
+    beta_slow: float = Field(default=1.0, gt=0)
+    """yarn: pairs that turn less often than this within original_context_length are stretched in full."""
 
 
 class TransformerConfig(Section):
@@ -65,17 +92,24 @@ class TransformerConfig(Section):
     ffn_hidden_size: int | None = Field(default=None, gt=0)
     """Width of the feed-forward layer; default: 4 x hidden_size."""
     gated: bool = False
-    """Whether the feed-forward layer is gated (SwiGLU). Only gated ones are built."""
-    activation_type: Literal["silu", "gelu", "relu", "squared_relu", "identity"] | None = None
-    """Activation of the feed-forward layer; default: silu when gated, else gelu. Only silu is built."""
+    """Whether the feed-forward layer is gated: down(act(gate(x)) * up(x)), SwiGLU with silu; else down(act(up(x)))."""
+    activation_type: Activation | None = None
+    """Activation of the feed-forward layer; default: silu when gated, else gelu (the tanh formula; gelu_exact has erf)."""
     add_linear_biases: bool | Biases = True
-    """Where the linear layers have a bias: yes/everywhere, no/nowhere, only_attn_qkv, only_attn (with the output), only_mlp."""
+    """Where the linear layers have a bias: yes/everywhere, no/nowhere, only_attn_qkv, only_attn (with the output), only_mlp,
+    only_attn_output, attn_qkv_and_mlp, attn_output_and_mlp."""
     normalization: NormalizationConfig = Field(default_factory=NormalizationConfig)
     """Normalisation of the blocks and of the final hidden states."""
     rotary: RotaryConfig = Field(default_factory=RotaryConfig)
     """Rotary position embedding."""
     window_size: int | None = Field(default=None, gt=0)
     """Sliding attention window, the present token included, in tokens; null: the whole document."""
+    max_window_layers: int | None = Field(default=None, ge=0)
+    """With window_size: the first so many blocks attend to the whole document all the same (as in Qwen 2); null: none."""
+    attention_softmax_scale_power: float = Field(default=0.5, ge=0)
+    """Attention scores are divided by the head's width to this power; 1 under muP with growing heads."""
+    full_precision_residual: bool = False
+    """Whether the residual stream stays in float32 where training_dtype is narrower."""
     init_method_std: float | None = Field(default=None, gt=0)
     """Standard deviation of the initial weights; default: hidden_size ** -0.5."""
     init_method_std_qkv: float | None = Field(default=None, gt=0)
@@ -86,6 +120,33 @@ class TransformerConfig(Section):
     """The same for gate and up projections; default: init_method_std."""
     init_method_std_mlp_2: float | None = Field(default=None, gt=0)
     """The same for the down projection; default: init_method_std / sqrt(2 x num_layers)."""
+    init_method_max: float | None = None
+    """Initial weights above are moved to this; null: no limit."""
+    init_method_max_qkv: float | None = None
+    """The same for query, key and value; default: init_method_max."""
+    init_method_max_attn_proj: float | None = None
+    """The same for the attention's output; default: init_method_max."""
+    init_method_max_mlp_1: float | None = None
+    """The same for gate and up projections; default: init_method_max."""
+    init_method_max_mlp_2: float | None = None
+    """The same for the down projection; default: init_method_max."""
+    init_method_min: float | None = None
+    """Initial weights below are moved to this; null: no limit."""
+    init_method_min_qkv: float | None = None
+    """The same for query, key and value; default: init_method_min."""
+    init_method_min_attn_proj: float | None = None
+    """The same for the attention's output; default: init_method_min."""
+    init_method_min_mlp_1: float | None = None
+    """The same for gate and up projections; default: init_method_min."""
+    init_method_min_mlp_2: float | None = None
+    """The same for the down projection; default: init_method_min."""
+    attention_lr_scale: float | None = Field(default=None, ge=0)
+    """Factor on the learning rate of the attention's projections; 0 freezes them; default:
+    optimizer.default_learning_rate_scale."""
+    mlp_lr_scale: NonNegative | list[NonNegative | None] | None = None
+    """The same for the feed-forward layers."""
+    per_layer_lr_scale: list[NonNegative | None] | None = None
+    """One factor for each block, norms included, on top of the two above; 0 freezes the block."""
 
     @property
     def biases(self) -> tuple[bool, bool, bool]:
@@ -104,9 +165,10 @@ class BaseModelConfig(Section):
     tie_word_embeddings: bool = True
     """Whether the output layer is the embedding."""
     use_position_embeddings: bool | None = None
-    """Learned absolute positions; default: yes unless rotary. They are not built: use rotary."""
+    """Learned absolute positions, beside or instead of rotary; default: yes unless rotary."""
     max_position_embeddings: int | None = Field(default=None, gt=0)
-    """Longest position the model is said to support, for exports; default: rotary scale factor x original length, else the sequence length; in tokens."""
+    """Longest position the model is said to support, for exports; default: rotary scale factor x original length, else the
+    sequence length. Of learned positions the number there are; default: 2048. In tokens."""
     cross_entropy_impl: Literal["auto", "torch", "fused", "triton"] = "auto"
     """`fused` never holds all logits at once, `torch` is its plain twin; auto and triton mean fused."""
     logit_z_loss: float = Field(default=0.0, ge=0)
@@ -114,7 +176,16 @@ class BaseModelConfig(Section):
     logits_scale_factor: float = Field(default=1.0, gt=0)
     """Factor on the logits."""
     init_method_std_embed: float | None = Field(default=None, gt=0)
-    """Standard deviation of the initial embedding and output layer; default: hidden_size ** -0.5."""
+    """Standard deviation of the initial embedding, positions and output layer; default: transformer.init_method_std."""
+    init_method_max_embed: float | None = None
+    """Initial weights of these above are moved to this; default: transformer.init_method_max."""
+    init_method_min_embed: float | None = None
+    """Initial weights of these below are moved to this; default: transformer.init_method_min."""
+    embeddings_lr_scale: float | None = Field(default=None, ge=0)
+    """Factor on the learning rate of the embedding and of learned positions; 0 freezes them; default:
+    optimizer.default_learning_rate_scale."""
+    output_lr_scale: float | None = Field(default=None, ge=0)
+    """The same for the output layer where it is not tied."""
     transformer: TransformerConfig = Field(default_factory=TransformerConfig)
     """The decoder's blocks."""
 
@@ -144,7 +215,7 @@ class PretrainedConfig(Section):
 
     path: Path
     """A Hugging Face folder (config.json, *.safetensors), relative to the working directory."""
-    format: Literal["auto", "llama", "qwen2", "mistral"] = "auto"
+    format: Literal["auto", "llama", "qwen2", "mistral", "starcoder2"] = "auto"
     """Family that the folder must hold; auto: as its config.json says."""
     model_weights: bool = True
     """Whether the weights are read; `no` takes the shape only."""
@@ -152,38 +223,53 @@ class PretrainedConfig(Section):
     """`model`: the shape comes from the folder, keys given here override it; `none`: the shape is given here alone."""
 
 
-def architecture_problems(model: BaseModelConfig) -> list[tuple[str, str]]:
-    """What of a resolved decoder cannot be built: (key below model.base_model, one-line problem with the line to write)."""
+def architecture_problems(
+    model: BaseModelConfig, sequence_length: int | None = None
+) -> list[tuple[str, str]]:
+    """What of a resolved decoder cannot be built: (key below model.base_model, one-line problem with the line to write).
+
+    `sequence_length` (tokens) is that of the rows it is to be trained on.
+    """
     transformer, rotary = model.transformer, model.transformer.rotary
     problems = []
 
     def refuse(key: str, problem: str) -> None:
         problems.append((key, problem))
 
-    if transformer.normalization.type != "rms_norm":
+    if transformer.normalization.type == "none":
         refuse(
             "transformer.normalization.type",
-            f"normalization {transformer.normalization.type} is not supported; write normalization: {{type: rms_norm}}",
+            "a decoder without normalization is not supported; write type: rms_norm or layer_norm",
         )
-    if not transformer.gated:
+    positions = _learned_positions(model)
+    if positions is not None and (sequence_length or 0) > positions:
         refuse(
-            "transformer.gated", "a feed-forward layer that is not gated is not supported; write gated: yes"
+            "max_position_embeddings",
+            f"rows of {sequence_length} tokens are longer than the {positions} learned positions; write "
+            f"max_position_embeddings: {sequence_length}, or rotary: {{type: default}} in their place",
         )
-    if transformer.gated and transformer.activation_type not in (None, "silu"):
+    if transformer.max_window_layers is not None and transformer.window_size is None:
         refuse(
-            "transformer.activation_type",
-            f"activation {transformer.activation_type} is not supported; write activation_type: silu",
+            "transformer.max_window_layers",
+            "there is no window: give window_size too, or leave max_window_layers out",
         )
-    if rotary.type == "yarn":
+    limits = {f"transformer.init_method_min_{key}": part for key, part in INIT_PARTS.items()}
+    impossible = {
+        key: init_limits(model)[part]
+        for key, part in (limits | {"init_method_min_embed": "embedding"}).items()
+        if not _in_order(*init_limits(model)[part])
+    }
+    overall = (transformer.init_method_min, transformer.init_method_max)
+    if not _in_order(*overall):  # it is where the others have theirs from
+        impossible = {"transformer.init_method_min": overall}
+    for key, (lowest, highest) in impossible.items():
         refuse(
-            "transformer.rotary.type", "rotary type yarn is not supported yet; write type: default or llama3"
+            key, f"initial weights cannot be at least {lowest:g} and at most {highest:g} (init_method_max)"
         )
-    if model.use_position_embeddings or (model.use_position_embeddings is None and rotary.type == "none"):
-        refuse(
-            "use_position_embeddings",
-            "learned absolute positions are not supported; write rotary: {type: default} "
-            "(and use_position_embeddings: no where it says yes)",
-        )
+    if rotary.type == "yarn" and rotary.theta <= 1:
+        refuse("transformer.rotary.theta", f"yarn needs a theta above 1, not {rotary.theta:g}")
+    if rotary.type == "yarn" and rotary.beta_fast < rotary.beta_slow:
+        refuse("transformer.rotary.beta_fast", "beta_fast must not be below beta_slow")
     heads = transformer.num_attention_heads
     if heads % transformer.head_groups:
         refuse(
@@ -206,16 +292,57 @@ def architecture_problems(model: BaseModelConfig) -> list[tuple[str, str]]:
     return problems
 
 
+def _learned_positions(model: BaseModelConfig) -> int | None:
+    """How many learned absolute positions the decoder has; None: it has none."""
+    learned = model.use_position_embeddings
+    if learned is None:
+        learned = model.transformer.rotary.type == "none"
+    return (model.max_position_embeddings or LEARNED_POSITIONS) if learned else None
+
+
+def _in_order(lowest: float | None, highest: float | None) -> bool:
+    return lowest is None or highest is None or lowest <= highest
+
+
+def init_limits(model: BaseModelConfig) -> dict[str, tuple[float | None, float | None]]:
+    """(lowest, highest) initial weight by the parts of `modelyard.model.init`; a part's own limit wins."""
+
+    def own(section: Section, key: str, default: float | None) -> float | None:
+        value: float | None = getattr(section, key)
+        return default if value is None else value
+
+    lowest, highest = model.transformer.init_method_min, model.transformer.init_method_max
+    limits = {
+        part: (
+            own(model.transformer, f"init_method_min_{key}", lowest),
+            own(model.transformer, f"init_method_max_{key}", highest),
+        )
+        for key, part in INIT_PARTS.items()
+    }
+    limits["embedding"] = (
+        own(model, "init_method_min_embed", lowest),
+        own(model, "init_method_max_embed", highest),
+    )
+    return limits
+
+
 def architecture_of(model: BaseModelConfig, sequence_length: int) -> Architecture:
     """The decoder's shape from a resolved section that has no `architecture_problems`."""
     transformer, rotary = model.transformer, model.transformer.rotary
     qkv_bias, output_bias, mlp_bias = transformer.biases
-    positions = model.max_position_embeddings
-    if positions is None:
-        positions = sequence_length
-        if rotary.type == "llama3":
-            positions = max(positions, round(rotary.scale_factor * rotary.original_context_length))
-    assert rotary.type != "yarn"
+    shape = Rotary(
+        type=rotary.type,
+        theta=rotary.theta,
+        scale_factor=rotary.scale_factor,
+        low_frequency_factor=rotary.low_frequency_factor,
+        high_frequency_factor=rotary.high_frequency_factor,
+        original_context_length=rotary.original_context_length,
+        attention_factor=rotary.attention_factor,
+        beta_fast=rotary.beta_fast,
+        beta_slow=rotary.beta_slow,
+    )
+    learned = _learned_positions(model)
+    assert transformer.normalization.type != "none"
     return Architecture(
         vocab_size=model.vocab_size,
         hidden_size=transformer.hidden_size,
@@ -226,43 +353,49 @@ def architecture_of(model: BaseModelConfig, sequence_length: int) -> Architectur
         ffn_hidden_size=transformer.ffn_hidden_size or 4 * transformer.hidden_size,
         tie_word_embeddings=model.tie_word_embeddings,
         norm_epsilon=transformer.normalization.epsilon,
+        activation=transformer.activation_type or ("silu" if transformer.gated else "gelu"),
         qkv_bias=qkv_bias,
         output_bias=output_bias,
         mlp_bias=mlp_bias,
-        rotary=Rotary(
-            type=rotary.type,
-            theta=rotary.theta,
-            scale_factor=rotary.scale_factor,
-            low_frequency_factor=rotary.low_frequency_factor,
-            high_frequency_factor=rotary.high_frequency_factor,
-            original_context_length=rotary.original_context_length,
-        ),
+        rotary=shape,
         window_size=transformer.window_size,
-        max_position_embeddings=positions,
+        max_position_embeddings=model.max_position_embeddings
+        or learned
+        or max(sequence_length, shape.stretched_length),
+        gated=transformer.gated,
+        norm_type=transformer.normalization.type,
+        full_attention_layers=(transformer.max_window_layers or 0) if transformer.window_size else 0,
+        softmax_scale_power=transformer.attention_softmax_scale_power,
+        position_embeddings=learned,
+        full_precision_residual=transformer.full_precision_residual,
     )
 
 
 def base_model_of(architecture: Architecture) -> dict[str, object]:
     """The inverse: `model.base_model` as a plain dictionary, every shape key written out."""
     biases = (architecture.qkv_bias, architecture.output_bias, architecture.mlp_bias)
-    words = [word for word, where in BIASES.items() if where == biases]
-    if not words:
-        raise ValueError(
-            f"no add_linear_biases word for biases on (query/key/value, output, feed-forward) = {biases}"
-        )
     rotary = architecture.rotary
     rotary_keys: dict[str, object] = {"type": rotary.type, "theta": rotary.theta}
-    if rotary.type == "llama3":
+    if rotary.type in ("llama3", "yarn"):
         rotary_keys |= {
             "scale_factor": rotary.scale_factor,
+            "original_context_length": rotary.original_context_length,
+        }
+    if rotary.type == "llama3":
+        rotary_keys |= {
             "low_frequency_factor": rotary.low_frequency_factor,
             "high_frequency_factor": rotary.high_frequency_factor,
-            "original_context_length": rotary.original_context_length,
+        }
+    if rotary.type == "yarn":
+        rotary_keys |= {
+            "attention_factor": rotary.attention_factor,
+            "beta_fast": rotary.beta_fast,
+            "beta_slow": rotary.beta_slow,
         }
     result: dict[str, object] = {
         "vocab_size": architecture.vocab_size,
         "tie_word_embeddings": architecture.tie_word_embeddings,
-        "use_position_embeddings": False,
+        "use_position_embeddings": architecture.position_embeddings is not None,
         "transformer": {
             "num_layers": architecture.num_layers,
             "hidden_size": architecture.hidden_size,
@@ -270,14 +403,17 @@ def base_model_of(architecture: Architecture) -> dict[str, object]:
             "head_groups": architecture.head_groups,
             "kv_channels": architecture.head_size,
             "ffn_hidden_size": architecture.ffn_hidden_size,
-            "gated": True,
+            "gated": architecture.gated,
             "activation_type": architecture.activation,
-            "add_linear_biases": words[0],
-            "normalization": {"type": "rms_norm", "epsilon": architecture.norm_epsilon},
+            "add_linear_biases": _BIAS_WORDS[biases],
+            "normalization": {"type": architecture.norm_type, "epsilon": architecture.norm_epsilon},
             "rotary": rotary_keys,
             "window_size": architecture.window_size,
+            "max_window_layers": architecture.full_attention_layers or None,
+            "attention_softmax_scale_power": architecture.softmax_scale_power,
+            "full_precision_residual": architecture.full_precision_residual,
         },
     }
-    if architecture.max_position_embeddings is not None:
-        result["max_position_embeddings"] = architecture.max_position_embeddings
+    if positions := architecture.position_embeddings or architecture.max_position_embeddings:
+        result["max_position_embeddings"] = positions
     return result

@@ -48,11 +48,6 @@ _NEVER = (None,)
 
 NO_EFFECT = (
     NoEffect(
-        "training.wandb.project_name", str, "nothing is sent to Weights & Biases while entity_name is null"
-    ),
-    NoEffect("training.wandb.group_name", str, "as project_name"),
-    NoEffect("training.wandb.alert", dict, "as project_name"),
-    NoEffect(
         "training.num_workers", int, "batches are read from memory-mapped stores, without worker processes"
     ),
     NoEffect("training.prefetch_factor", int, "as num_workers"),
@@ -79,9 +74,11 @@ NO_EFFECT = (
     NoEffect(
         f"{_DISTRIBUTED}.timeout", float, "a limit on waiting for other processes; there is one process"
     ),
+    NoEffect(f"{_DISTRIBUTED}.backend", str, "how processes talk; there is one process"),
     NoEffect(f"{_DISTRIBUTED}.reproducible_init", bool, "initial weights never depend on the layout"),
     NoEffect("optimizer.gradient_scaler", dict, "only float16 needs a scaled loss"),
     NoEffect("run.experiment_name", str, "a label; the folder's name is the run's"),
+    NoEffect("run.model_debug_level", int, "nothing is logged of the layers' inside"),
     NoEffect("run.structured_logs", bool, "metrics.jsonl is always written"),
     NoEffect("run.log_timestamps", bool, "lines of metrics.jsonl carry the time"),
     NoEffect("run.enable_all_loggers", bool, "there is one logger"),
@@ -95,15 +92,12 @@ NO_EFFECT = (
     NoEffect("schedule.throttle_cpu_delay", int, "as throttle_cpu"),
     NoEffect("schedule.data_batch_warn_time_ms", float, "the log line shows what is slow"),
     NoEffect("data.data_sample_warn_time_ms", float, "the log line shows what is slow"),
+    NoEffect("profiling.table_width", int, "the tables in EXPERIMENT_DIR/profile have the width they need"),
+    NoEffect("profiling.log", bool, "tables are written to EXPERIMENT_DIR/profile"),
     NoEffect("data.multiprocessing_context", str, "batches are read without worker processes"),
 )
 
 NOT_BUILT = (
-    NotBuilt(
-        "training.wandb.entity_name",
-        _NEVER,
-        "Weights & Biases is not supported yet; metrics.jsonl and TensorBoard are written",
-    ),
     NotBuilt("training.checkpoint.callback", ({}, None), "shell callbacks are not run"),
     NotBuilt("training.export.callback", ({}, None), "shell callbacks are not run"),
     NotBuilt(
@@ -129,9 +123,6 @@ NOT_BUILT = (
     NotBuilt("data.fim", ({}, None), "fill-in-the-middle is not supported yet"),
     NotBuilt("data.tokenizer.bos_token", _NEVER, "the tokenizer's own is used"),
     NotBuilt(
-        "optimizer.default_learning_rate_scale", (1, 1.0), "write the rate in optimizer.learning_rate.base"
-    ),
-    NotBuilt(
         "pretrained.optimizer_state",
         (False,),
         "a Hugging Face folder has none; a run resumes from its own checkpoints",
@@ -140,12 +131,6 @@ NOT_BUILT = (
     NotBuilt("model.base_model.prediction_heads", (1,), "several prediction heads are not supported"),
     NotBuilt(
         "model.base_model.prediction_loss_coefficient", _NEVER, "several prediction heads are not supported"
-    ),
-    NotBuilt(
-        "model.base_model.embeddings_lr_scale", (1, 1.0, None), "one learning rate holds for all parameters"
-    ),
-    NotBuilt(
-        "model.base_model.output_lr_scale", (1, 1.0, None), "one learning rate holds for all parameters"
     ),
     NotBuilt("model.base_model.distillation_model", _NEVER, "distillation is not supported yet"),
     NotBuilt("model.base_model.enable_dpo", (False, None), "preference tuning is not supported yet"),
@@ -156,23 +141,10 @@ NOT_BUILT = (
         (False,),
         "initial weights have one rule; see init_method_std",
     ),
-    NotBuilt("model.base_model.init_method_max_embed", _NEVER, "initial weights are not clamped"),
-    NotBuilt("model.base_model.init_method_min_embed", _NEVER, "initial weights are not clamped"),
     NotBuilt(
         f"{_TRANSFORMER}.attention_dropout", (0, 0.0), "dropout is not supported; write attention_dropout: 0"
     ),
     NotBuilt(f"{_TRANSFORMER}.hidden_dropout", (0, 0.0), "dropout is not supported; write hidden_dropout: 0"),
-    NotBuilt(
-        f"{_TRANSFORMER}.full_precision_residual", (False,), "the residual stream has the type of the weights"
-    ),
-    NotBuilt(
-        f"{_TRANSFORMER}.max_window_layers", _NEVER, "a window holds for every layer; write window_size alone"
-    ),
-    NotBuilt(
-        f"{_TRANSFORMER}.attention_softmax_scale_power",
-        (0.5,),
-        "attention scores are scaled by head width ** -0.5",
-    ),
     NotBuilt(
         f"{_TRANSFORMER}.num_experts", (1,), "mixtures of experts are not supported; write num_experts: 1"
     ),
@@ -185,20 +157,11 @@ NOT_BUILT = (
     NotBuilt(f"{_TRANSFORMER}.expert_z_loss_coefficient", (0, 0.0), "mixtures of experts are not supported"),
     NotBuilt(f"{_TRANSFORMER}.moe_jitter_eps", (0, 0.0), "mixtures of experts are not supported"),
     NotBuilt(f"{_TRANSFORMER}.dropless_moe", (True,), "mixtures of experts are not supported"),
-    NotBuilt(f"{_TRANSFORMER}.mlp_lr_scale", (1, 1.0, None), "one learning rate holds for all parameters"),
-    NotBuilt(f"{_TRANSFORMER}.router_lr_scale", (1, 1.0, None), "one learning rate holds for all parameters"),
+    NotBuilt(f"{_TRANSFORMER}.router_lr_scale", (1, 1.0, None), "mixtures of experts are not supported"),
     NotBuilt(
-        f"{_TRANSFORMER}.attention_lr_scale", (1, 1.0, None), "one learning rate holds for all parameters"
-    ),
-    NotBuilt(f"{_TRANSFORMER}.per_layer_lr_scale", _NEVER, "one learning rate holds for all parameters"),
-    NotBuilt(f"{_TRANSFORMER}.normalization.zero_centered", (False,), "norm weights are not zero-centred"),
-    NotBuilt(f"{_TRANSFORMER}.rotary.attention_factor", _NEVER, "rotary type yarn is not supported yet"),
-    NotBuilt(f"{_TRANSFORMER}.rotary.beta_fast", (32, 32.0), "rotary type yarn is not supported yet"),
-    NotBuilt(f"{_TRANSFORMER}.rotary.beta_slow", (1, 1.0), "rotary type yarn is not supported yet"),
-    *(
-        NotBuilt(f"{_TRANSFORMER}.init_method_{bound}{part}", _NEVER, "initial weights are not clamped")
-        for bound in ("max", "min")
-        for part in ("", "_qkv", "_attn_proj", "_mlp_1", "_mlp_2")
+        f"{_TRANSFORMER}.normalization.zero_centered",
+        (False,),
+        "norm weights are stored as they are used; as they are not decayed, zero_centered: no trains the same model",
     ),
     NotBuilt(
         f"{_TRANSFORMER}.peft.type", ("none",), "LoRA is not supported yet; remove peft to train all weights"
@@ -235,20 +198,30 @@ NOT_BUILT = (
         "sequence parallelism is not supported yet; write sequence_data_parallel: 1",
     ),
     NotBuilt(f"{_DISTRIBUTED}.sequence_tensor_parallel", (False,), "tensor parallelism is not supported yet"),
-    NotBuilt(f"{_DISTRIBUTED}.pipeline_first", (False,), "pipeline parallelism is not supported yet"),
-    NotBuilt("schedule.profile_schedule", (False,), "profiling is not supported yet"),
     NotBuilt(
-        "profiling", ({}, None, {"cpu": False, "cuda": False}), "profiling is not supported yet; remove it"
+        f"{_DISTRIBUTED}.use_cuda",
+        (True, None),
+        "a GPU is used where there is one; CUDA_VISIBLE_DEVICES= in front of the command hides it",
     ),
+    NotBuilt(
+        f"{_DISTRIBUTED}.force_cpu_initialization",
+        (False, None),
+        "initial weights are drawn on the device that trains",
+    ),
+    NotBuilt(f"{_DISTRIBUTED}.pipeline_first", (False,), "pipeline parallelism is not supported yet"),
+    NotBuilt(
+        "schedule.profile_schedule",
+        (False,),
+        "there are no pipeline stages to draw; training.profiling.iterations writes traces",
+    ),
+    NotBuilt("profiling.ranks", ({}, [], [0], None), "there is one process, rank 0"),
 )
 
 
 PURE_SECTIONS: tuple[KeyPath, ...] = (
-    ("training", "wandb"),
     ("model", "multi_stage"),
     ("model", "base_model", "transformer", "peft"),
     ("schedule",),
-    ("profiling",),
     ("reference_models",),
 )
 """Sections that consist of these tables' keys alone."""

@@ -148,3 +148,5 @@ class OptimizerConfig(Section):
     """Added to the root of the second moment."""
     gradient_norm_clipping: float = Field(default=1.0, ge=0)
     """Largest norm of the whole gradient; larger ones are scaled down to it; 0 switches clipping off."""
+    default_learning_rate_scale: float | None = Field(default=None, ge=0)
+    """Factor on the learning rate of parameters that have no *_lr_scale of their own; 0 freezes them; null: 1."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from modelyard.config.base import Section
 from modelyard.config.document import Document, KeyPath, dotted
 from modelyard.config.neighbours import NO_EFFECT, NOT_BUILT, neighbour_keys
+from modelyard.config.newest import newest_keys
 from modelyard.errors import did_you_mean
 
 _EXPECTED = {
@@ -43,8 +44,11 @@ _EXPECTED = {
 }
 
 
-def explain(error: ValidationError, document: Document, schema: type[Section]) -> list[str]:
-    """Every problem in `error` as one line. `document` is what was validated, against `schema`."""
+def explain(
+    error: ValidationError, document: Document, schema: type[Section], said: Collection[KeyPath] = ()
+) -> list[str]:
+    """Every problem in `error` as one line, but what is missing and `said` already. `document` is what was validated,
+    against `schema`."""
     expected: dict[KeyPath, list[str]] = {}
     lines: dict[tuple[KeyPath, str], None] = {}
     for item in error.errors(include_url=False):
@@ -52,6 +56,8 @@ def explain(error: ValidationError, document: Document, schema: type[Section]) -
         here = f"{document.origin(path)}: "
         if item["type"] == "extra_forbidden":
             lines[path, here + _unknown_key(path, document, schema)] = None
+        elif item["type"] == "missing" and path in said:
+            continue
         elif item["type"] == "missing":
             lines[path, f"{here}{dotted(path)} is missing{_description(path, document, schema)}"] = None
         elif item["type"] in _EXPECTED:
@@ -113,10 +119,11 @@ def _literal_hint(value: Any, allowed: list[str]) -> str:
 
 def _unknown_key(path: KeyPath, document: Document, schema: type[Section]) -> str:
     section, key = path[:-1], str(path[-1])
-    known = known_keys(schema, section, document)
+    known = [name for name in known_keys(schema, section, document) if name != key]
     inside = f" in {dotted(section)}" if section else ""
-    if difflib.get_close_matches(key, known, n=1, cutoff=0.8):
-        return f"unknown key '{key}'{inside}{did_you_mean(key, known)}"
+    for names in (known, newest_keys(section)):
+        if difflib.get_close_matches(key, names, n=1, cutoff=0.8):
+            return f"unknown key '{key}'{inside}{did_you_mean(key, names)}"
     if elsewhere := [place for place in all_keys(schema) if place.rpartition(".")[2] == key][:2]:
         return f"unknown key '{key}'{inside}; it belongs to {' or '.join(elsewhere)}"
     fields = [name for name in known if name not in neighbour_keys(section)] or known

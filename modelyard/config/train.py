@@ -12,7 +12,7 @@ from modelyard.config.batch import BatchConfig
 from modelyard.config.data import DataConfig
 from modelyard.config.model import ModelConfig, PretrainedConfig
 from modelyard.config.optimizer import OptimizerConfig
-from modelyard.config.training import TrainingConfig
+from modelyard.config.training import GuideProfilingConfig, TrainingConfig
 
 
 class RunConfig(Section):
@@ -39,6 +39,13 @@ class TrainConfig(Section):
     """The decoder, its number types and seed."""
     run: RunConfig
     """Where the run lives."""
+    profiling: GuideProfilingConfig = Field(default_factory=GuideProfilingConfig)
+    """The guides' schedule of traces; `training.profiling` names iterations instead."""
+
+    @field_validator("profiling", mode="before")
+    @classmethod
+    def _left_empty(cls, value: Any) -> Any:
+        return {} if value is None else value
 
     @field_validator("pretrained", mode="before")
     @classmethod

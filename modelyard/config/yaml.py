@@ -25,6 +25,12 @@ _WORDS: dict[str, bool | None] = {
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 _HEXADECIMAL = re.compile(r"0x[0-9a-fA-F_]+")
 _FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?")
+DEEPEST = 64
+"""Levels of sections and lists; more is no configuration, and would exhaust the stack of what reads it."""
+MOST_VALUES = 100_000
+"""Values of a file, counting what an alias stands for at each place: a few lines of aliases can mean billions."""
+LONGEST_NUMBER = 300
+"""Digits; a longer word is text (Python itself refuses to read whole numbers of a few thousand digits)."""
 _NOT_FINITE = re.compile(r"([-+]?)\.(inf|Inf|INF|nan|NaN|NAN)")
 
 
@@ -32,15 +38,22 @@ def parse_scalar(text: str) -> Any:
     """The value of an unquoted word: null, a boolean, a number, or else the text itself."""
     if text in _WORDS:
         return _WORDS[text]
+    if len(text) > LONGEST_NUMBER:
+        return text
     if _INTEGER.fullmatch(text):
-        return int(text.replace("_", ""))
+        return _integer(int(text.replace("_", "")))
     if _HEXADECIMAL.fullmatch(text):
-        return int(text.replace("_", ""), 16)
+        return _integer(int(text.replace("_", ""), 16))
     if _FLOAT.fullmatch(text) and not re.fullmatch(r"[-+]?0[0-9]+", text):
         return float(text.replace("_", ""))
     if match := _NOT_FINITE.fullmatch(text):
         return float(match[1] + match[2].lower())
     return text
+
+
+def _integer(value: int) -> int | float:
+    """What does not fit in 64 bits counts nothing here, and no arithmetic downstream is made for it."""
+    return value if abs(value) < 2**63 else float(value)
 
 
 def read_yaml(path: Path) -> Document:
@@ -83,7 +96,8 @@ def parse_override(text: str, number: int) -> Document:
     key, equals, written = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise UserError(f"{name}: '{text}' is not KEY=VALUE, such as training.train_iters=50")
+        written = text if len(text) <= 80 else text[:80] + "…"
+        raise UserError(f"{name}: '{written}' is not KEY=VALUE, such as training.train_iters=50")
     builder = _Builder(name)
     node = _compose(written, f"{name} ({key.strip()})")
     value = None if node is None else builder.value(node, ())
@@ -94,9 +108,24 @@ def parse_override(text: str, number: int) -> Document:
     return document
 
 
+_BEGINNINGS = (
+    yaml.BlockMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.FlowSequenceStartToken,
+)
+_ENDS = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
+
+
 def _compose(text: str, name: str) -> yaml.Node | None:
     try:
+        depth = 0
         for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            depth += isinstance(token, _BEGINNINGS) - isinstance(token, _ENDS)
+            if depth > DEEPEST:
+                raise UserError(
+                    f"{name}:{token.start_mark.line + 1}: sections or lists are nested more than {DEEPEST} deep"
+                )
             if isinstance(token, yaml.TagToken):
                 raise UserError(
                     f"{name}:{token.start_mark.line + 1}: tags (`!...`) are not read; quote text instead"
@@ -128,10 +157,19 @@ class _Builder:
         self.origins: dict[KeyPath, str] = {}
         self.problems: list[str] = []
         self._inside: set[int] = set()
+        self._count = 0
+        self._merging = 0  # sections around the one that is merged
 
     def value(self, node: yaml.Node, path: KeyPath) -> Any:
+        self._count += 1
+        if self._count > MOST_VALUES:
+            raise UserError(
+                f"{self.name}: aliases (`*name`) make more than {MOST_VALUES:,} values of this file; write out what is meant"
+            )
         if isinstance(node, yaml.ScalarNode):
             return parse_scalar(node.value) if node.style is None else node.value
+        if len(path) + self._merging > DEEPEST:
+            raise UserError(f"{self._origin(node)}: sections or lists are nested more than {DEEPEST} deep")
         if id(node) in self._inside:
             self._complain(node, "an alias (`*name`) that contains itself")
             return None
@@ -176,8 +214,13 @@ class _Builder:
             self._complain(node, "`<<:` takes one section, as in `<<: *defaults`")
             return
         nested = _Builder(self.name)
+        nested._inside, nested._count = self._inside, self._count
+        nested._merging = self._merging + len(path) + 1
         values = nested.value(node, ())
+        self._count = nested._count
         self.problems += nested.problems
+        if values is None:  # it contains itself, as was said
+            return
         for key, value in values.items():
             if key not in result:
                 result[key] = value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from modelyard.config.disk import (
     saves,
     size,
 )
-from modelyard.config.huggingface import can_export
+from modelyard.config.huggingface import can_export, weight_problems
 from modelyard.config.loader import Loaded
 from modelyard.config.model import base_model_of
 from modelyard.config.optimizer import LearningRateConfig
 from modelyard.config.prepare import PrepareConfig
+from modelyard.config.scales import rate_scales
 from modelyard.config.train import TrainConfig
 from modelyard.data.stream import DataStream
 from modelyard.errors import UserError, missing_path
@@ -89,6 +91,8 @@ def _missing_sources(config: PrepareConfig) -> list[str]:
 def _training_blocks(loaded: Loaded, problems: list[str], warnings: list[str]) -> list[tuple[str, str]]:
     config, architecture = loaded.train, loaded.architecture
     blocks = [("model", _table(_model_rows(config, architecture)))]
+    if config.pretrained is not None and config.pretrained.model_weights:
+        problems += weight_problems(config.pretrained.path)
     blocks.append(("batch", _table(_batch_rows(config))))
     blocks.append(("data", _table(_data_rows(config, architecture, problems, warnings))))
     if architecture is not None:
@@ -126,12 +130,43 @@ def _model_rows(config: TrainConfig, architecture: Architecture | None) -> list[
             f"{architecture.num_layers} layers, width {architecture.hidden_size}, {architecture.num_attention_heads} heads "
             f"of {architecture.head_size} in {architecture.head_groups} groups, feed-forward {architecture.ffn_hidden_size}",
         ),
+        ("kind", _kind(architecture)),
+        *_trained_rows(config, architecture),
         ("starts from", start),
         (
             "types",
             f"{config.model.distributed.training_dtype} compute, {_master(config)} weights and optimizer",
         ),
         ("export format", f"{export}: {holds} hold this architecture" if export else "none (no exports)"),
+    ]
+
+
+def _kind(architecture: Architecture) -> str:
+    """What distinguishes one decoder of this shape from another, in words."""
+    gated = "gated" if architecture.gated else "not gated"
+    word = base_model_of(architecture)["transformer"]["add_linear_biases"]  # type: ignore[index]
+    positions = [f"rotary {architecture.rotary.type}"] if architecture.rotary.type != "none" else []
+    if architecture.position_embeddings is not None:
+        positions.append(f"{architecture.position_embeddings:,} learned positions")
+    return (
+        f"{architecture.norm_type}, feed-forward {architecture.activation} ({gated}), biases {word}, "
+        f"{' and '.join(positions) or 'no positions'}"
+    )
+
+
+def _trained_rows(config: TrainConfig, architecture: Architecture) -> list[tuple[str, str]]:
+    """How many parameters are trained, where that is not all of them."""
+    default = config.optimizer.default_learning_rate_scale
+    scales = rate_scales(config.model.base_model, architecture, 1.0 if default is None else default)
+    shapes = architecture.parameter_shapes()
+    frozen = sum(prod(shapes[name]) for name, scale in scales.items() if scale == 0)
+    if not frozen:
+        return []
+    return [
+        (
+            "trained",
+            f"{architecture.parameter_count() - frozen:,} ({frozen:,} frozen by a learning-rate scale of 0)",
+        )
     ]
 
 

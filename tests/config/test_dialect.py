@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from modelyard.config.dialect import NEWEST, repair
+from modelyard.config.dialect import repair
 from modelyard.config.yaml import parse_override, parse_yaml
 
 
@@ -124,13 +124,3 @@ def test_both_spellings_are_a_conflict() -> None:
     assert repair(document)[1] == [
         "x:4: data.truncate_documents is an older spelling of batch.truncate_documents, which is also given (x:2); keep one"
     ]
-
-
-@pytest.mark.parametrize("key", list(NEWEST))
-def test_the_newest_dialect_is_refused_by_name(key: str) -> None:
-    document = parse_override(f"{key}=1", 1)
-    _, problems = repair(document)
-    assert problems == [
-        f"override 1: {key} is the newest dialect (Fast-LLM >= 0.3), not read yet; write {NEWEST[key]}"
-    ]
-    assert document.values == {}

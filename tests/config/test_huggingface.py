@@ -48,11 +48,25 @@ MISTRAL_7B_V0_3: dict[str, Any] = {
     "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.42.0.dev0",
     "use_cache": True, "vocab_size": 32768,
 }  # fmt: skip
+STARCODER2_3B: dict[str, Any] = {
+    "architectures": ["Starcoder2ForCausalLM"], "attention_dropout": 0.1, "attention_softmax_in_fp32": True,
+    "bos_token_id": 0, "embedding_dropout": 0.1, "eos_token_id": 0, "hidden_act": "gelu_pytorch_tanh",
+    "hidden_size": 3072, "initializer_range": 0.018042, "intermediate_size": 12288, "max_position_embeddings": 16384,
+    "mlp_type": "default", "model_type": "starcoder2", "norm_epsilon": 1e-05, "norm_type": "layer_norm",
+    "num_attention_heads": 24, "num_hidden_layers": 30, "num_key_value_heads": 2, "residual_dropout": 0.1,
+    "rope_theta": 999999.4420358813, "scale_attention_softmax_in_fp32": True, "scale_attn_weights": True,
+    "sliding_window": 4096, "torch_dtype": "bfloat16", "transformers_version": "4.39.0.dev0", "use_bias": True,
+    "use_cache": True, "vocab_size": 49152,
+}  # fmt: skip
 PUBLISHED = [
     pytest.param(LLAMA_3_1_8B, "llama-3.1-8b", id="llama"),
     pytest.param(QWEN_2_5_7B, "qwen-2.5-7b", id="qwen2"),
     pytest.param(MISTRAL_7B_V0_3, "mistral-7b-v0.3", id="mistral"),
+    pytest.param(STARCODER2_3B, "starcoder2-3b", id="starcoder2"),
 ]
+
+
+STARCODER: dict[str, Any] = {"gated": False, "norm_type": "layer_norm", "activation": "gelu"}
 
 
 def read(config: dict[str, Any]) -> Architecture:
@@ -113,7 +127,7 @@ def test_transformers_reads_the_same_from_original_and_written(
     for key in (
         "hidden_size",
         "num_key_value_heads",
-        "rms_norm_eps",
+        "norm_epsilon" if config["model_type"] == "starcoder2" else "rms_norm_eps",
         "rope_parameters",
         "max_position_embeddings",
         "dtype",
@@ -199,17 +213,33 @@ def test_what_is_left_out_of_a_config() -> None:
     [
         (
             {"model_type": "mixtral"},
-            "model_type 'mixtral' is not supported (supported: llama, qwen2, mistral)",
+            "model_type 'mixtral' is not supported (supported: llama, qwen2, mistral, starcoder2)",
         ),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported (only silu)"),
+        ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported (supported: silu, swish, gelu_pytorch"),
         ({"hidden_size": None}, "hidden_size should be a whole number above 0, not None"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rotary scaling 'yarn' is not supported yet"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "rotary scaling 'dynamic' is not supported (supported:"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "rotary scaling yarn lacks original_max_pos",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "truncate": False}},
+            "yarn with truncate: false is not supported",
+        ),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
             "rotary scaling llama3 lacks low_freq_factor",
         ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported (only 1)"),
-        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}, "use_sliding_window"),
+        (
+            {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "num_hidden_layers": 2,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            "layer_types is not supported (only whole attention in the first layers, and windows in the others)",
+        ),
         ({"quantization_config": {"bits": 4}}, "quantised weights"),
     ],
 )
@@ -238,25 +268,48 @@ def test_folders(tmp_path: Path) -> None:
     [
         ({}, {"llama", "mistral"}),
         ({"qkv_bias": True}, {"qwen2"}),
+        ({"qkv_bias": True, "window_size": 128}, {"qwen2"}),
+        ({"qkv_bias": True, "window_size": 128, "full_attention_layers": 3}, {"qwen2"}),
+        ({"window_size": 128, "full_attention_layers": 3}, set()),
         ({"qkv_bias": True, "output_bias": True}, {"llama"}),
         ({"qkv_bias": True, "output_bias": True, "mlp_bias": True}, {"llama"}),
         ({"mlp_bias": True}, {"llama"}),
         ({"window_size": 128}, {"mistral"}),
         ({"rotary": Rotary(type="none")}, set()),
+        ({"position_embeddings": 64}, set()),
+        ({"softmax_scale_power": 1.0}, set()),
+        ({"gated": False}, set()),
+        ({"norm_type": "layer_norm"}, set()),
+        ({"gated": False, "norm_type": "layer_norm"}, {"starcoder2"}),
+        (STARCODER | {"qkv_bias": True, "output_bias": True, "mlp_bias": True}, {"starcoder2"}),
+        (STARCODER | {"window_size": 128, "num_attention_heads": 24, "head_groups": 8}, {"starcoder2"}),
+        (STARCODER | {"qkv_bias": True}, set()),
+        (STARCODER | {"window_size": 128, "full_attention_layers": 1}, set()),
+        *(
+            ({"activation": word}, {"llama", "mistral"})
+            for word in ("gelu", "gelu_exact", "relu", "squared_relu", "identity")
+        ),
+        ({"rotary": Rotary("yarn", original_context_length=64)}, {"llama", "mistral"}),
+        (
+            {"rotary": Rotary("yarn", beta_fast=8.0, beta_slow=2.0, attention_factor=1.5), "qkv_bias": True},
+            {"qwen2"},
+        ),
         ({"num_attention_heads": 24, "head_groups": 8}, {"mistral"}),
     ],
 )
 def test_which_family_can_hold_what(changes: dict[str, Any], families: set[str]) -> None:
     architecture = replace(PRESETS["llama-3.1-8b"], **changes)
     assert {
-        family for family in ("llama", "qwen2", "mistral") if can_export(architecture, family) is None
+        family
+        for family in ("llama", "qwen2", "mistral", "starcoder2")
+        if can_export(architecture, family) is None
     } == families
     for family in families:
         written = write_config(architecture, family=family, dtype="float32")
         assert read(written) == architecture
     assert (
-        can_export(architecture, "starcoder2")
-        == "format starcoder2 is not supported (supported: llama, qwen2, mistral)"
+        can_export(architecture, "gpt_neox")
+        == "format gpt_neox is not supported (supported: llama, qwen2, mistral, starcoder2)"
     )
     if "llama" not in families:
         with pytest.raises(UserError):

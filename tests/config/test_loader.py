@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from modelyard.config.architecture import Architecture, Rotary
 from modelyard.config.huggingface import write_config
 from modelyard.config.loader import load_config
 from modelyard.config.presets import PRESETS
@@ -155,27 +156,46 @@ def test_an_architecture_that_was_never_given(tmp_path: Path) -> None:
     assert "no architecture is given" in problem
 
 
-def test_the_dialects_defaults_are_refused_with_the_line_to_write(tmp_path: Path) -> None:
+def test_the_dialects_defaults_are_honoured_and_said(tmp_path: Path) -> None:
     text = (
         TINY[: TINY.index("model:")]
         + "model: {base_model: {transformer: {num_layers: 2}}}\nrun: {experiment_dir: x}\n"
     )
-    assert problems_of([write(tmp_path, text)]) == [
-        f"config.yaml:4: {TRANSFORMER}.normalization.type: normalization layer_norm is not supported; write "
-        "normalization: {type: rms_norm} (it is not given, and the dialect's default holds)",
-        f"config.yaml:4: {TRANSFORMER}.gated: a feed-forward layer that is not gated is not supported; write gated: yes "
-        "(it is not given, and the dialect's default holds)",
-        "config.yaml:4: model.base_model.use_position_embeddings: learned absolute positions are not supported; write "
-        "rotary: {type: default} (and use_position_embeddings: no where it says yes) (it is not given, and the dialect's "
-        "default holds)",
+    file = write(tmp_path, text)
+    loaded = load_config([file])
+    assert loaded.architecture == Architecture(
+        vocab_size=49_152,
+        hidden_size=1024,
+        num_layers=2,
+        num_attention_heads=8,
+        head_groups=1,
+        head_size=128,
+        ffn_hidden_size=4096,
+        tie_word_embeddings=True,
+        activation="gelu",
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        rotary=Rotary("none"),
+        max_position_embeddings=2048,
+        gated=False,
+        norm_type="layer_norm",
+        position_embeddings=2048,
+    )
+    assert loaded.notices == [
+        f"{file}:4: {TRANSFORMER} does not say all that makes the kind of decoder; the dialect's defaults hold: "
+        "normalization.type: layer_norm, gated: no, add_linear_biases: yes, rotary.type: none"
     ]
+    assert load_tiny(tmp_path).notices == []
 
 
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
-        ("rotary.type=yarn", "rotary type yarn is not supported yet; write type: default or llama3"),
-        ("activation_type=gelu", "activation gelu is not supported; write activation_type: silu"),
+        ("rotary={type: yarn, theta: 1}", "yarn needs a theta above 1, not 1"),
+        ("rotary={type: yarn, beta_fast: 1, beta_slow: 2}", "beta_fast must not be below beta_slow"),
+        ("max_window_layers=1", "there is no window: give window_size too, or leave max_window_layers out"),
+        ("init_method_min=0.1", "cannot be at least 0.1 and at most 0.05 (init_method_max)"),
         ("head_groups=3", "head_groups 3 does not divide num_attention_heads 4"),
         (
             "hidden_size=63",
@@ -184,12 +204,13 @@ def test_the_dialects_defaults_are_refused_with_the_line_to_write(tmp_path: Path
         ("kv_channels=15", "rotary needs an even head width, not 15"),
         (
             "normalization.type=none",
-            "normalization none is not supported; write normalization: {type: rms_norm}",
+            "a decoder without normalization is not supported; write type: rms_norm or layer_norm",
         ),
     ],
 )
 def test_architectures_that_are_not_built(tmp_path: Path, override: str, problem: str) -> None:
-    (found,) = tiny_problems(tmp_path, f"{TRANSFORMER}.{override}")
+    limit = [f"{TRANSFORMER}.init_method_max=0.05"] if "init" in override else []
+    found, *_ = tiny_problems(tmp_path, f"{TRANSFORMER}.{override}", *limit)
     assert problem in found
     assert found.startswith(("override 1: ", "config.yaml:"))
 
@@ -257,10 +278,13 @@ def test_an_export_format_that_cannot_hold_the_architecture(tmp_path: Path) -> N
         "(llama holds it); see add_linear_biases: only_attn_qkv"
     ]
     assert tiny_problems(tmp_path, "training.export={interval: 5}") == [
-        "override 1: training.export: export.interval is given without export.format; write format: llama (or qwen2, mistral)"
+        "override 1: training.export: export.interval is given without export.format; write format: llama (or qwen2, mistral, starcoder2)"
     ]
     (problem,) = tiny_problems(tmp_path, "training.export={interval: 5, format: fast_llm}")
-    assert problem == "override 1: training.export.format = 'fast_llm': expected one of llama, qwen2, mistral"
+    assert (
+        problem
+        == "override 1: training.export.format = 'fast_llm': expected one of llama, qwen2, mistral, starcoder2"
+    )
 
 
 def test_a_problem_that_leaves_the_rest_understood_can_be_kept(tmp_path: Path) -> None:
@@ -382,7 +406,7 @@ def test_unknown_keys_at_every_depth(tmp_path: Path) -> None:
         (
             f"{TRANSFORMER}.add_linear_biases=everywere",
             f"{TRANSFORMER}.add_linear_biases = 'everywere': expected yes or no or one of everywhere, nowhere, only_attn_qkv, "
-            "only_attn, only_mlp; did you mean 'everywhere'?",
+            "only_attn, only_mlp, only_attn_output, attn_qkv_and_mlp, attn_output_and_mlp; did you mean 'everywhere'?",
         ),
         (
             "model.distributed.training_dtype=fp16",
@@ -428,7 +452,7 @@ def test_problems_of_every_kind_at_once(tmp_path: Path) -> None:
         tmp_path,
         "training.train_itres=5",
         f"{TRANSFORMER}.num_experts=8",
-        "model.distributed.compute_dtype=bf16",
+        "model.base_model.decoder.num_blok=3",
         "training.export={interval: 5, format: mistral}",
         "model.multi_stage.zero_stge=1",
         f"{TRANSFORMER}.add_linear_biases=yes",

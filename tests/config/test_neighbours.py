@@ -68,7 +68,7 @@ def test_no_key_is_in_two_places() -> None:
 
 def test_keys_of_a_section() -> None:
     assert {"zero_stage", "layers_per_stage"} <= set(neighbour_keys(("model", "multi_stage")))
-    assert "wandb" in neighbour_keys(("training",))
+    assert "num_workers" in neighbour_keys(("training",))
 
 
 def test_unknown_keys_in_sections_of_neighbours(tmp_path: Path) -> None:
@@ -79,22 +79,22 @@ def test_unknown_keys_in_sections_of_neighbours(tmp_path: Path) -> None:
         "training.wandb.entity=me",
         "model.base_model.transformer.peft=5",
     )
-    assert problems[0] == "override 3: unknown key 'entity' in training.wandb; did you mean 'entity_name'?"
     assert (
-        problems[1] == "override 1: unknown key 'zero_stag' in model.multi_stage; did you mean 'zero_stage'?"
+        problems[0] == "override 1: unknown key 'zero_stag' in model.multi_stage; did you mean 'zero_stage'?"
     )
-    assert problems[2].startswith(
+    assert problems[1].startswith(
         "override 4: model.base_model.transformer.peft = 5: expected a section with keys alpha,"
     )
-    assert problems[3].startswith(
+    assert problems[2].startswith(
         "override 2: unknown key 'x' in schedule; known keys: data_batch_warn_time_ms,"
     )
+    assert problems[3] == "override 3: unknown key 'entity' in training.wandb; did you mean 'entity_name'?"
 
 
 def test_what_users_of_the_dialect_write(tmp_path: Path) -> None:
     text = """\
 schedule: {pipeline_overlap: true}
-profiling: {cpu: false, cuda: false}
+profiling: {cpu: false, cuda: false, table_width: 100}
 """
     loaded = load_config(
         [write(tmp_path, TINY + text)],
@@ -111,9 +111,9 @@ profiling: {cpu: false, cuda: false}
     )
     assert {row.key for row in loaded.without_effect} == {
         "schedule.pipeline_overlap",
+        "profiling.table_width",
         "model.multi_stage.zero_stage",
         "model.multi_stage.num_grad_buffers",
-        "training.wandb.project_name",
         "training.num_workers",
         "optimizer.gradient_scaler",
     }
@@ -129,7 +129,6 @@ profiling: {cpu: false, cuda: false}
         ),
         ("model.distributed.pipeline_parallel=2", "pipeline parallelism is not supported yet"),
         ("model.distributed.sequence_data_parallel=2", "sequence parallelism is not supported yet"),
-        ("training.wandb.entity_name=me", "Weights & Biases is not supported yet"),
         (
             "model.base_model.transformer.hidden_dropout=0.1",
             "dropout is not supported; write hidden_dropout: 0",
@@ -145,7 +144,8 @@ profiling: {cpu: false, cuda: false}
         ),
         ("data.datasets.training={type: streaming}", "Redis streams are not supported"),
         ("training.evaluators.x={interval: 1, evaluator: {type: lm_eval}}", "lm_eval"),
-        ("profiling.cuda=yes", "profiling is not supported yet"),
+        ("profiling.ranks=[1]", "there is one process, rank 0"),
+        ("schedule.profile_schedule=yes", "training.profiling.iterations writes traces"),
     ],
 )
 def test_features_are_refused_by_name(tmp_path: Path, override: str, problem: str) -> None:
@@ -156,4 +156,4 @@ def test_features_are_refused_by_name(tmp_path: Path, override: str, problem: st
 
 
 def test_a_section_left_empty_is_no_problem(tmp_path: Path) -> None:
-    load_tiny(tmp_path, "model.multi_stage=null", "profiling=null", "schedule={}")
+    load_tiny(tmp_path, "model.multi_stage=null", "profiling=null", "training.wandb=null", "schedule={}")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from modelyard.config.dialect import NEWEST
+from modelyard.config.document import dotted
 from modelyard.config.loader import load_config
+from modelyard.config.newest import RENAMED, RULES, SECTIONS
 from modelyard.config.prepare import PrepareConfig
 from modelyard.config.problems import all_keys, shown
 from modelyard.config.train import TrainConfig
@@ -28,7 +29,8 @@ OLDER = (
 def test_any_value_at_any_key(tmp_path: Path, kind: str, value: str) -> None:
     file = write(tmp_path, TINY if kind == "train" else PREPARE)
     schema = TrainConfig if kind == "train" else PrepareConfig
-    for key in (*all_keys(schema), *OLDER, *NEWEST):
+    newest = [dotted(key) for key in (*RULES, *SECTIONS)]
+    for key in (*all_keys(schema), *OLDER, *newest, *RENAMED):
         try:
             load_config([file], [f"{key}={value}"])
         except UserError as error:

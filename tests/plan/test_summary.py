@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from modelyard.config.huggingface import write_config
 from modelyard.config.loader import load_config
 from modelyard.config.optimizer import LearningRateConfig
+from modelyard.config.presets import PRESETS
 from modelyard.data.store import StoreWriter
 from modelyard.plan.summary import plot, summarise
 from tests.config.helpers import TINY, load_tiny, write
@@ -83,6 +86,42 @@ def test_problems_and_warnings_come_with_the_whole_summary(tmp_path: Path) -> No
     ]  # fmt: skip
     assert "training  not there yet" in text
     assert "export format  qwen2: cannot hold this architecture" in text
+
+
+def test_what_kind_of_decoder_it_is(tmp_path: Path) -> None:
+    text, _, _ = summarise(load_tiny(tmp_path))
+    assert "kind           rms_norm, feed-forward silu (gated), biases nowhere, rotary default" in text
+    assert "\n  trained " not in text
+    overrides = [f"model.base_model.transformer.{key}" for key in ("gated=no", "normalization.type=layer_norm",
+                 "rotary.type=none", "add_linear_biases=only_attn_qkv", "per_layer_lr_scale=[0, null]")]  # fmt: skip
+    text, _, _ = summarise(load_tiny(tmp_path, *overrides))
+    kind = "layer_norm, feed-forward gelu (not gated), biases only_attn_qkv, 2,048 learned positions"
+    assert f"kind           {kind}" in text
+    # a block: query and output 64 x 64, key and value 16 x 64, their biases, two norms, the feed-forward
+    block = 2 * 64 * 64 + 2 * 16 * 64 + 64 + 16 + 16 + 2 * 2 * 64 + 2 * 256 * 64
+    trained = (512 + 2048) * 64 + block + 2 * 64
+    assert f"trained        {trained:,} ({block:,} frozen by a learning-rate scale of 0)" in text
+
+
+def test_weights_that_git_lfs_left_out(tmp_path: Path) -> None:
+    config = write_config(PRESETS["llama-3.2-1b"], family="llama", dtype="bfloat16")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+    for number in (1, 2):
+        (tmp_path / f"model-0000{number}-of-00002.safetensors").write_text(pointer)
+    text = (
+        TINY[: TINY.index("model:")]
+        + "run: {experiment_dir: x}\npretrained: {path: FOLDER, model_weights: WEIGHTS}\n"
+    )
+    text = text.replace("FOLDER", str(tmp_path))
+    file = write(tmp_path, text.replace("WEIGHTS", "yes"))
+    assert summarise(load_config([file]))[1] == [
+        f"{tmp_path}/model-0000{number}-of-00002.safetensors is a git-lfs pointer, not the file; fetch it with "
+        "`git lfs pull`"
+        for number in (1, 2)
+    ]
+    file = write(tmp_path, text.replace("WEIGHTS", "no"))
+    assert summarise(load_config([file]))[1] == []
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
