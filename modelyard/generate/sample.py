@@ -47,8 +47,9 @@ def generate(
 ) -> Iterator[int]:
     """Yield new token ids as they are made; a token of `stop_ids` is yielded too and ends the text.
 
-    The draws are a function of (seed, number of the new token), on any device. Raises UserError for an empty prompt
-    and for ids that the model does not have.
+    The draws are a function of (seed, number of the new token), on any device. Where positions are learned the text
+    ends with the last of them. Raises UserError for an empty prompt, for one that is longer than that, and for ids that
+    the model does not have.
     """
     vocabulary = model.architecture.vocab_size
     if not prompt_ids:
@@ -57,10 +58,17 @@ def generate(
         raise UserError(
             f"the prompt has token {max(prompt_ids)}, the model's vocabulary ends at {vocabulary - 1}"
         )
+    room = options.max_new_tokens
+    if (positions := model.architecture.position_embeddings) is not None:
+        if len(prompt_ids) > positions:
+            raise UserError(
+                f"the prompt has {len(prompt_ids)} tokens, the model {positions} learned positions"
+            )
+        room = min(room, positions - len(prompt_ids) + 1)  # the last token is never read
     cache = KeyValueCache(model.architecture)
     generator = torch.Generator().manual_seed(key(options.seed, "generate"))
     tokens = list(prompt_ids)
-    for _ in range(options.max_new_tokens):
+    for _ in range(room):
         token = choose(next_logits(model, tokens, cache), options, generator)
         yield token
         if token in stop_ids:

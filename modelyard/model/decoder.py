@@ -1,4 +1,4 @@
-"""The decoder, read top to bottom: Llama 2 and 3, Mistral, Qwen 2 and what has their shape.
+"""The decoder, read top to bottom: Llama 2 and 3, Mistral, Qwen 2, StarCoder 2 and what has their shape.
 
 Parameters have the logical names of `Architecture.parameter_shapes`. Inside, rows are laid end to end: tensors are
 [tokens, ...], and attention is told where documents begin.
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from modelyard.config.architecture import Architecture
 from modelyard.dtypes import wide
 from modelyard.errors import UserError
+from modelyard.model.activations import ACTIVATIONS
 from modelyard.model.attention import Backend, Boundaries, attend, flatten_boundaries, one_document
 from modelyard.model.cache import KeyValueCache, LayerCache
 from modelyard.model.elementwise import rms_norm, rotate, swiglu
@@ -39,46 +40,58 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.epsilon)
+        # The cast does nothing but after a residual stream that is wider than the weights.
+        return rms_norm(x, self.weight, self.epsilon).to(self.weight.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Mean and variance of the last dimension taken out, then a weight and a bias (arXiv 1607.06450)."""
+
+    def __init__(self, size: int, epsilon: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, weight.shape, weight, bias, self.epsilon).to(self.weight.dtype)
+
+
+def normalization(architecture: Architecture) -> nn.Module:
+    """A norm of the hidden states."""
+    kind = LayerNorm if architecture.norm_type == "layer_norm" else RMSNorm
+    return kind(architecture.hidden_size, architecture.norm_epsilon)
 
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions, inside documents."""
 
-    def __init__(self, architecture: Architecture):
+    def __init__(self, architecture: Architecture, layer: int = 0):
         super().__init__()
         hidden, self.head_size = architecture.hidden_size, architecture.head_size
         query = architecture.num_attention_heads * self.head_size
         key_value = architecture.head_groups * self.head_size
-        self.window = architecture.window_size
+        self.window = architecture.window_of(layer)
+        # `attend` divides the scores by the root of the head's width; any other power is brought in by the queries.
+        self.query_scale = self.head_size ** (0.5 - architecture.softmax_scale_power)
         self.q_proj = nn.Linear(hidden, query, bias=architecture.qkv_bias)
         self.k_proj = nn.Linear(hidden, key_value, bias=architecture.qkv_bias)
         self.v_proj = nn.Linear(hidden, key_value, bias=architecture.qkv_bias)
         self.o_proj = nn.Linear(query, hidden, bias=architecture.output_bias)
 
-    def forward(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
+    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x [tokens, hidden] -> rotated queries [tokens, heads, head_size], keys and values [tokens, groups, head_size]."""
         # The number of heads is taken from the width: a tensor-parallel rank holds some of them.
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_size))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if context.rotary is not None:
-            q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
-        if cache is not None:
-            k, v = cache.append(k, v)
-        queries, keys = context.queries, context.keys
-        out = attend(
-            q,
-            k,
-            v,
-            queries.cu_seqlens,
-            keys.cu_seqlens,
-            queries.longest,
-            keys.longest,
-            window=self.window,
-            backend=context.backend,
-        )
-        return self.o_proj(out.flatten(1))
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if self.query_scale != 1:
+            q = q * self.query_scale
+        return q, k, v
 
 
 class MLP(nn.Module):
@@ -95,17 +108,68 @@ class MLP(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
-class Block(nn.Module):
+class OtherMLP(nn.Module):
+    """A feed-forward of any activation: down(act(up(x))), or gated: down(act(gate(x)) * up(x))."""
+
     def __init__(self, architecture: Architecture):
         super().__init__()
-        self.input_layernorm = RMSNorm(architecture.hidden_size, architecture.norm_epsilon)
-        self.self_attn = Attention(architecture)
-        self.post_attention_layernorm = RMSNorm(architecture.hidden_size, architecture.norm_epsilon)
-        self.mlp = MLP(architecture)
+        hidden, inner, bias = architecture.hidden_size, architecture.ffn_hidden_size, architecture.mlp_bias
+        self.activation = ACTIVATIONS[architecture.activation]
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias) if architecture.gated else None
+        self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(self.up_proj(x)))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+def feed_forward(architecture: Architecture) -> nn.Module:
+    is_swiglu = architecture.gated and architecture.activation == "silu"
+    return MLP(architecture) if is_swiglu else OtherMLP(architecture)
+
+
+class Block(nn.Module):
+    def __init__(self, architecture: Architecture, layer: int = 0):
+        super().__init__()
+        self.input_layernorm = normalization(architecture)
+        self.self_attn = Attention(architecture, layer)
+        self.post_attention_layernorm = normalization(architecture)
+        self.mlp = feed_forward(architecture)
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
-        """x [tokens, hidden] -> [tokens, hidden]."""
-        x = x + self.self_attn(self.input_layernorm(x), context, cache)
+        """x [tokens, hidden] -> [tokens, hidden].
+
+        Attention is all that depends on where documents lie; what comes before and after it has fixed shapes, and can
+        be compiled (`compile_blocks`).
+        """
+        q, k, v = self.before_attention(x, context.rotary)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        queries, keys = context.queries, context.keys
+        attended = attend(
+            q,
+            k,
+            v,
+            queries.cu_seqlens,
+            keys.cu_seqlens,
+            queries.longest,
+            keys.longest,
+            window=self.self_attn.window,
+            backend=context.backend,
+        )
+        return self.after_attention(x, attended)
+
+    def before_attention(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [tokens, hidden] -> q, k and v as `attend` takes them."""
+        return self.self_attn.project(self.input_layernorm(x), rotary)
+
+    def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The residual stream x [tokens, hidden] and the attention's [tokens, heads, head_size] -> [tokens, hidden]."""
+        x = x + self.self_attn.o_proj(attended.flatten(1))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -119,16 +183,18 @@ class Decoder(nn.Module):
 
     def __init__(self, architecture: Architecture, *, backend: Backend = "auto"):
         super().__init__()
-        if architecture.activation != "silu":
+        if architecture.activation not in ACTIVATIONS:
             raise UserError(
-                f"activation '{architecture.activation}' is not supported; the decoder computes 'silu'"
+                f"activation '{architecture.activation}' is not supported (there are: {', '.join(ACTIVATIONS)})"
             )
         self.architecture = architecture
         self.backend: Backend = backend
         self.rotary_dtype: torch.dtype | None = None
         self.embed_tokens = nn.Embedding(architecture.vocab_size, architecture.hidden_size)
-        self.layers = nn.ModuleList(Block(architecture) for _ in range(architecture.num_layers))
-        self.norm = RMSNorm(architecture.hidden_size, architecture.norm_epsilon)
+        if architecture.position_embeddings is not None:
+            self.embed_positions = nn.Embedding(architecture.position_embeddings, architecture.hidden_size)
+        self.layers = nn.ModuleList(Block(architecture, layer) for layer in range(architecture.num_layers))
+        self.norm = normalization(architecture)
         if not architecture.tie_word_embeddings:
             self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
 
@@ -150,6 +216,10 @@ class Decoder(nn.Module):
         `flatten_boundaries`). With a `cache` the row continues the tokens that the cache holds.
         """
         x = self.embed_tokens(input_ids.flatten())
+        if self.architecture.position_embeddings is not None:
+            x = x + self.embed_positions(positions.flatten())
+        if self.architecture.full_precision_residual:
+            x = x.to(wide(x.dtype))
         queries = keys = flatten_boundaries(cu_seqlens, input_ids.shape[1], x.device)
         if cache is not None:
             keys = one_document(cache.length + x.shape[0], x.device)

@@ -51,6 +51,8 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """`rms_norm_plain` with a backward of fewer passes. x [..., hidden], weight [hidden] -> [..., hidden]."""
+    if torch.compiler.is_compiling():
+        return rms_norm_plain(x, weight, epsilon)
     return _RMSNorm.apply(x, weight, epsilon)
 
 
@@ -90,6 +92,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Computed in the dtype of `cos`; the result has that of x.
     """
+    if torch.compiler.is_compiling():
+        return rotate_plain(x, cos, sin)
     return _Rotate.apply(x, cos, sin)
 
 
@@ -118,4 +122,6 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """`swiglu_plain` that keeps only its inputs. gate and up [..., ffn_hidden] -> [..., ffn_hidden]."""
+    if torch.compiler.is_compiling():
+        return swiglu_plain(gate, up)
     return _SwiGLU.apply(gate, up)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from modelyard.config.architecture import Architecture
+
+Limits = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,14 @@ class InitStd:
     """Standard deviations of the normal distributions that weights are drawn from."""
 
     embedding: float
-    """Embedding and output head."""
+    """Embedding, learned positions and output head."""
     qkv: float
     attention_output: float
     mlp_in: float
     """Gate and up projections."""
     mlp_out: float
+    limits: Mapping[str, Limits] = field(default_factory=dict)
+    """By the names above: what lies outside (lowest, highest) after the draw is moved to the limit."""
 
     @classmethod
     def for_architecture(
@@ -39,6 +44,7 @@ class InitStd:
         attention_output: float | None = None,
         mlp_in: float | None = None,
         mlp_out: float | None = None,
+        limits: Mapping[str, Limits] | None = None,
     ) -> InitStd:
         """Those given, the others from `base` (default hidden_size^-0.5).
 
@@ -53,11 +59,13 @@ class InitStd:
             attention_output=output if attention_output is None else attention_output,
             mlp_in=base if mlp_in is None else mlp_in,
             mlp_out=output if mlp_out is None else mlp_out,
+            limits=limits or {},
         )
 
 
 _FIELD_OF_MODULE = {
     "embed_tokens": "embedding",
+    "embed_positions": "embedding",
     "lm_head": "embedding",
     "q_proj": "qkv",
     "k_proj": "qkv",
@@ -85,9 +93,10 @@ def initial_tensor(
     if module.endswith("norm"):
         return torch.ones(shape, device=device)
     generator = torch.Generator(device).manual_seed(key(seed, "init", name))
-    return torch.empty(shape, device=device).normal_(
-        0, getattr(std, _FIELD_OF_MODULE[module]), generator=generator
-    )
+    part = _FIELD_OF_MODULE[module]
+    tensor = torch.empty(shape, device=device).normal_(0, getattr(std, part), generator=generator)
+    lowest, highest = std.limits.get(part, (None, None))
+    return tensor if lowest is None and highest is None else tensor.clamp_(lowest, highest)
 
 
 @torch.no_grad()

@@ -13,10 +13,13 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
 )
 
 from modelyard.config.huggingface import architecture_from_config
 from modelyard.model.decoder import Decoder
+from modelyard.model.formats.huggingface import logical_name
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": 97,
@@ -38,6 +41,12 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+_YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 
 FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
     "llama-3": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": _LLAMA3_ROPE, "rms_norm_eps": 1e-5}),
@@ -50,7 +59,28 @@ FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
         Qwen2ForCausalLM,
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     ),
+    "qwen2-window": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    ),
+    "qwen2-yarn": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        {"rope_parameters": _YARN_ROPE | {"beta_fast": 4.0, "beta_slow": 0.5, "attention_factor": 1.3}},
+    ),
     "smollm2-tied": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True, "num_attention_heads": 2}),
+    "llama-geglu-yarn": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"hidden_act": "gelu", "rope_parameters": _YARN_ROPE, "head_dim": 16},
+    ),
+    "starcoder2": (Starcoder2Config, Starcoder2ForCausalLM, {}),
+    "starcoder2-window": (
+        Starcoder2Config,
+        Starcoder2ForCausalLM,
+        {"sliding_window": 7, "use_bias": False, "tie_word_embeddings": False, "hidden_act": "relu2"},
+    ),
 }
 
 
@@ -64,7 +94,7 @@ def reference_model(name: str, **changes: Any) -> PreTrainedModel:
         with torch.no_grad():
             for parameter_name, parameter in model.named_parameters():
                 if parameter.ndim == 1:
-                    parameter.normal_(1.0 if "norm" in parameter_name else 0.0, 0.2)
+                    parameter.normal_(1.0 if parameter_name.endswith("norm.weight") else 0.0, 0.2)
     return model
 
 
@@ -81,7 +111,8 @@ def ours(reference: PreTrainedModel) -> Decoder:
 
 
 def named_weights(reference: PreTrainedModel) -> dict[str, torch.Tensor]:
-    return {name.removeprefix("model."): p for name, p in reference.named_parameters()}
+    family = reference.config.model_type
+    return {str(logical_name(name, family)): p for name, p in reference.named_parameters()}
 
 
 def whole_rows(rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from modelyard.config.architecture import Rotary
-from modelyard.model.rotary import inverse_frequencies, rotary_table
+from modelyard.model.rotary import attention_factor, inverse_frequencies, rotary_table
 
 LLAMA_31 = Rotary("llama3", theta=500_000.0)
 
@@ -48,6 +48,44 @@ def test_llama3_frequencies_are_transformers_to_the_bit() -> None:
     )
     expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     assert torch.equal(inverse_frequencies(LLAMA_31, 128, dtype=torch.float32), expected)
+
+
+@pytest.mark.parametrize("head_size", [16, 64, 128])
+@pytest.mark.parametrize("theta", [500.0, 10_000.0, 1_000_000.0])
+@pytest.mark.parametrize(
+    ("factor", "original", "more"),
+    [
+        (4.0, 32_768, {}),
+        (40.0, 4096, {"beta_fast": 24.0, "beta_slow": 3.0}),
+        (8.0, 8192, {"attention_factor": 1.25}),
+        (0.5, 16, {}),
+        (2.0, 2, {"beta_fast": 1.0, "beta_slow": 1.0}),
+        (4.0, 1_000_000, {"beta_fast": 2000.0}),
+    ],
+)
+def test_yarn_is_transformers_to_the_bit(
+    head_size: int, theta: float, factor: float, original: int, more: dict[str, float]
+) -> None:
+    config = LlamaConfig(
+        hidden_size=4 * head_size,
+        num_attention_heads=4,
+        max_position_embeddings=131_072,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": theta,
+            "factor": factor,
+            "original_max_position_embeddings": original,
+            **more,
+        },
+    )
+    expected, expected_factor = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    rotary = Rotary("yarn", theta=theta, scale_factor=factor, original_context_length=original, **more)
+    assert torch.equal(inverse_frequencies(rotary, head_size, dtype=torch.float32), expected)
+    assert attention_factor(rotary) == expected_factor
+    table = rotary_table(rotary, head_size, torch.tensor([0, 77]), dtype=torch.float32)
+    assert table is not None
+    assert table[0][0].eq(torch.tensor(expected_factor)).all()
+    torch.testing.assert_close(table[1][1, 0], (77 * expected).sin() * expected_factor)
 
 
 def test_table_is_as_wide_as_the_model_at_least() -> None:

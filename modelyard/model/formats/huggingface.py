@@ -1,6 +1,6 @@
 """Hugging Face folders to our weights and back.
 
-Our logical names are Hugging Face's without the `model.` prefix, for every family.
+Our logical names are Llama's in Hugging Face without the `model.` prefix; other families rename some modules.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from modelyard.config.architecture import Architecture
-from modelyard.config.huggingface import FAMILIES, read_architecture, read_config, write_config
+from modelyard.config.huggingface import (
+    FAMILIES,
+    pointer_problem,
+    read_architecture,
+    read_config,
+    write_config,
+)
 from modelyard.errors import UserError, missing_path
 from modelyard.files import complete_or_absent, write_json
 from modelyard.model.formats.safetensors import FileWriter, TensorEntry, read_entries
@@ -28,16 +34,31 @@ _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
-# Names outside `model.`, and buffers that some exporters stored among the weights; one row a family.
-_NAMES: dict[str, tuple[frozenset[str], tuple[str, ...]]] = {
-    family: (frozenset({"lm_head.weight"}), (".rotary_emb.inv_freq",)) for family in FAMILIES
+_OUTSIDE = frozenset({"lm_head.weight"})
+"""Names without the prefix `model.`."""
+_BUFFERS = (".rotary_emb.inv_freq",)
+"""Ends of the names of buffers that some exporters stored among the weights."""
+_RENAMED: dict[str, dict[str, str]] = {family: {} for family in FAMILIES} | {
+    "starcoder2": {".mlp.up_proj.": ".mlp.c_fc.", ".mlp.down_proj.": ".mlp.c_proj."}
 }
+"""Parts of our names, and what each family has in their place."""
 
 
 def huggingface_name(name: str, family: str) -> str:
     """The name that `family` has for our logical `name`."""
-    outside, _ = _NAMES[family]
-    return name if name in outside else f"model.{name}"
+    for ours, theirs in _RENAMED[family].items():
+        name = name.replace(ours, theirs)
+    return name if name in _OUTSIDE else f"model.{name}"
+
+
+def logical_name(name: str, family: str) -> str | None:
+    """Our name for what `family` calls `name`; None for what is no weight of this family's."""
+    if name not in _OUTSIDE and not name.startswith("model."):
+        return None
+    name = name.removeprefix("model.")
+    for ours, theirs in _RENAMED[family].items():
+        name = name.replace(theirs, ours)
+    return name
 
 
 # --- reading ----------------------------------------------------------------------------------------------------
@@ -77,15 +98,15 @@ def open_huggingface(folder: Path) -> HuggingFaceModel:
     the wrong shape.
     """
     architecture, family = read_architecture(folder)
-    outside, buffers = _NAMES[family]
     entries = {}
     unknown = []
     for name, entry in _folder_entries(folder).items():
-        if name.endswith(buffers) or (name == "lm_head.weight" and architecture.tie_word_embeddings):
+        if name.endswith(_BUFFERS) or (name == "lm_head.weight" and architecture.tie_word_embeddings):
             continue
-        if name not in outside and not name.startswith("model."):
+        if (ours := logical_name(name, family)) is None:
             unknown.append(name)
-        entries[name.removeprefix("model.")] = entry
+        else:
+            entries[ours] = entry
     if unknown:
         raise UserError(f"{folder} has weights that are not a {family}'s: {', '.join(unknown[:8])}")
     weights = HuggingFaceWeights(entries)
@@ -110,11 +131,8 @@ def _folder_entries(folder: Path) -> dict[str, TensorEntry]:
         files: dict[str, str] = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(files.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        pointer = (folder / _INDEX).read_bytes().startswith(b"version https://git-lfs")
-        reason = (
-            "is a git-lfs pointer; fetch it with `git lfs pull`" if pointer else f"cannot be read: {error!r}"
-        )
-        raise UserError(f"{folder / _INDEX} {reason}") from None
+        problem = pointer_problem(folder / _INDEX) or f"{folder / _INDEX} cannot be read: {error!r}"
+        raise UserError(problem) from None
     entries: dict[str, TensorEntry] = {}
     problems = []
     for shard in shards:
