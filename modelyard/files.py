@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,12 @@ def only_one(path: Path, refusal: str) -> Iterator[None]:
         try:
             # lockf, not flock: a child that outlives a killed process for a moment must not hold the lock.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The one that held it may have removed it since it was opened here: then this is the lock of nothing.
+            still_there = os.path.samestat(os.fstat(file.fileno()), path.stat())
         except OSError:
             raise UserError(refusal) from None
+        if not still_there:
+            raise UserError(refusal)
         yield
 
 
@@ -50,6 +55,19 @@ def sha256(path: Path) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write `path` anew; a kill leaves the old content or the new. Raises UserError where it cannot be written."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        reason = UserError(f"{path} cannot be written: {error.strerror or error}")
+        raise (disk_full_error(error, path) or reason) from error
 
 
 def disk_full_error(error: OSError, path: Path) -> UserError | None:
@@ -77,16 +95,19 @@ def complete_or_absent(destination: Path, *, manifest: bool = False) -> Iterator
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield temporary
-        if manifest:
-            files = sorted(p for p in temporary.rglob("*") if p.is_file())
-            facts = {
-                p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)}
-                for p in files
-            }
-            write_json(temporary / MANIFEST, facts)
-        for path in temporary.rglob("*"):
+        written = sorted(temporary.rglob("*"))
+        with ThreadPoolExecutor(1) as pool:
+            syncing = pool.map(sync, written)  # the disk and the checksums take their time side by side
+            if manifest:
+                facts = {
+                    p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)}
+                    for p in written
+                    if p.is_file()
+                }
+                write_json(temporary / MANIFEST, facts)
+            list(syncing)
+        for path in (temporary / MANIFEST, temporary) if manifest else (temporary,):
             sync(path)
-        sync(temporary)
         os.rename(temporary, destination)
         sync(destination.parent)
     except BaseException as error:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import torch
 
 from modelyard.config.architecture import Architecture
-from modelyard.config.model import BaseModelConfig
+from modelyard.config.model import BaseModelConfig, init_limits
 from modelyard.config.train import TrainConfig
 from modelyard.data.stream import DataStream
 from modelyard.errors import UserError
@@ -23,6 +25,20 @@ def compute_device() -> torch.device:
         if torch.cuda.is_available()
         else torch.device("cpu")
     )
+
+
+def compiles(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the model's blocks are compiled; raises UserError where this machine cannot."""
+    wanted = config.training.compile
+    if wanted == "auto":
+        return device.type == "cuda"
+    compiler = os.environ.get("CXX") or "g++"
+    if wanted and device.type == "cpu" and not shutil.which(compiler):
+        raise UserError(
+            f"training.compile: yes needs a C++ compiler, and there is no {compiler}; install one, name it in the "
+            "variable CXX, or write compile: no"
+        )
+    return wanted
 
 
 def loss_options(model: BaseModelConfig) -> LossOptions:
@@ -56,6 +72,7 @@ def initial_weights(model: Decoder, architecture: Architecture, config: TrainCon
         attention_output=transformer.init_method_std_attn_proj,
         mlp_in=transformer.init_method_std_mlp_1,
         mlp_out=transformer.init_method_std_mlp_2,
+        limits=init_limits(config.model.base_model),
     )
     initialize(model, seed, std)
     return f"weights drawn from seed {seed}"

@@ -13,13 +13,15 @@ from __future__ import annotations
 import json
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from modelyard.config.architecture import Architecture, Rotary
@@ -44,13 +46,31 @@ def save_checkpoint(
     with complete_or_absent(folder, manifest=True) as temporary:
         tensors = {f"model.{name}": p.detach() for name, p in parameters.items()}
         tensors |= {f"optimizer.{name}": moment for name, moment in moments.items()}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        with _alone():
             dcp.save(
                 tensors, storage_writer=dcp.FileSystemWriter(str(temporary), sync_files=False), no_dist=True
             )
         write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, **state})
         (temporary / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Around calls of torch's distributed checkpoint in one process: the disk's own error comes out as it is.
+
+    It wraps whatever happens, and torch.save hides a full disk behind a position that it did not expect.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    except CheckpointException as failure:
+        for error, _ in failure.failures.values():
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise (cause or error) from None
+        raise
 
 
 class Checkpoint:
@@ -93,8 +113,7 @@ class Checkpoint:
 
     @property
     def architecture(self) -> Architecture:
-        fields = dict(self.state["architecture"])
-        return Architecture(rotary=Rotary(**fields.pop("rotary")), **fields)
+        return architecture_from(self.state["architecture"])
 
     def load_into(self, tensors: dict[str, torch.Tensor]) -> None:
         """Fill `tensors` (`model.…`, `optimizer.…`) in place. Raises UserError on a missing or misshapen one."""
@@ -109,9 +128,15 @@ class Checkpoint:
                 )
         if problems:
             raise UserError(*problems)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(dict(tensors), storage_reader=self._reader, no_dist=True)
+        try:
+            with _alone():
+                dcp.load(dict(tensors), storage_reader=self._reader, no_dist=True)
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be read: {error.strerror or error}") from error
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of everything stored, by the names that `load_into` takes."""
+        return {name: (tuple(entry.size), entry.properties.dtype) for name, entry in self._tensors.items()}
 
     # What the Hugging Face writer and the generator ask of any source of weights.
 
@@ -133,6 +158,29 @@ class Checkpoint:
         return tensor
 
 
+def architecture_from(fields: Mapping[str, Any]) -> Architecture:
+    """The shape that `dataclasses.asdict` made `fields` of."""
+    return Architecture(**{**fields, "rotary": Rotary(**fields["rotary"])})
+
+
+def open_checkpoint(path: Path) -> Checkpoint | None:
+    """The checkpoint that `path` names: a checkpoint folder, or the newest whole one of an experiment; None when it is
+    neither. Raises UserError where what is there is damaged; files are verified once."""
+    if (path / "state.json").is_file() and (path / ".metadata").is_file():
+        return Checkpoint(path)
+    for directory in (path / "checkpoint", path):
+        if found := [
+            folder for folder in numbered_folders(directory) if not (folder / "config.json").exists()
+        ]:
+            damaged: list[str] = []
+            for folder in reversed(found):
+                if not (problems := Checkpoint.problems(folder)):
+                    return Checkpoint(folder, verify=False)
+                damaged = damaged or problems
+            raise UserError(*damaged)
+    return None
+
+
 def newest_usable(directory: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
     """The newest checkpoint whose files are whole, and what is wrong with each newer one that is not."""
     damaged: dict[Path, str] = {}
@@ -142,16 +190,3 @@ def newest_usable(directory: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
         else:
             return Checkpoint(folder, verify=False), damaged
     return None, damaged
-
-
-def find_checkpoint(path: Path) -> Path | None:
-    """The checkpoint that `path` names: a checkpoint folder, or the newest of an experiment; None when it is neither."""
-    if (path / "state.json").is_file() and (path / ".metadata").is_file():
-        return path
-    for directory in (path / "checkpoint", path):
-        if found := [
-            folder for folder in numbered_folders(directory) if not (folder / "config.json").exists()
-        ]:
-            # The newest that is whole; where none is, opening the newest says what is wrong with it.
-            return next((folder for folder in reversed(found) if not Checkpoint.problems(folder)), found[-1])
-    return None

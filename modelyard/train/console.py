@@ -5,21 +5,23 @@ from __future__ import annotations
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from modelyard.train.appending import AppendedFile
 
 
 class Console:
     """Prints lines; a log file, once there is one, gets them all, each with its time."""
 
     def __init__(self) -> None:
-        self._file: TextIO | None = None
-        self._unwritten: list[str] = []
+        self._file: AppendedFile | None = None
+        self._early = ""
         self._progress: Any = None
 
     def open_log(self, path: Path) -> None:
         """Append to `path` from here on, beginning with the lines so far."""
-        self._file = path.open("a", encoding="utf-8")
-        self._write()
+        self._file = AppendedFile(path, self.line)
+        self._file.write(self._early)
 
     def start_bar(self, total: int, *, done: int) -> None:
         """Show a bar of `total` iterations below the lines, on a terminal only."""
@@ -40,16 +42,18 @@ class Console:
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except BrokenPipeError:
+                raise
+            except OSError:
+                pass  # standard output lies on a full disk; what is left in its buffer is tried again
         now = datetime.now().isoformat(sep=" ", timespec="seconds")
-        self._unwritten += [f"{now}  {part}\n" for part in text.splitlines()]
-        self._write()
-
-    def _write(self) -> None:
-        if self._file:
-            self._file.writelines(self._unwritten)
-            self._file.flush()
-            self._unwritten.clear()
+        lines = "".join(f"{now}  {part}\n" for part in text.splitlines())
+        if self._file is None:
+            self._early += lines
+        else:
+            self._file.write(lines)
 
     def advance(self, iteration: int, loss: float) -> None:
         if self._progress is not None:
@@ -62,5 +66,6 @@ class Console:
 
     def close(self) -> None:
         self.stop_bar()
-        if self._file:
+        if self._file is not None:
             self._file.close()
+            self._file = None

@@ -10,7 +10,7 @@ from modelyard.config.loader import Loaded
 from modelyard.errors import UserError, missing_path
 from modelyard.model.formats import load_weights
 from modelyard.train.build import build_model, compute_device, open_stream, tokenizer_folder
-from modelyard.train.checkpoint import Checkpoint, find_checkpoint
+from modelyard.train.checkpoint import open_checkpoint
 from modelyard.train.evaluators import Evaluators
 from modelyard.train.weights import DTYPES
 
@@ -21,15 +21,15 @@ def evaluate(loaded: Loaded, *, checkpoint: Path | None, as_json: bool) -> int:
     `checkpoint` is a checkpoint folder; None takes the newest of `run.experiment_dir`.
     """
     config = loaded.train
-    folder = find_checkpoint(checkpoint or config.run.experiment_dir)
-    if folder is None:
+    if not config.training.evaluators and not config.training.test_iters:
+        raise UserError("training.evaluators is empty: there is nothing to evaluate")
+    source = open_checkpoint(checkpoint or config.run.experiment_dir)
+    if source is None:
         where = checkpoint or config.run.experiment_dir / "checkpoint"
         raise UserError(
             f"no checkpoint to evaluate: {missing_path(where) if not where.exists() else f'none in {where}'}"
         )
-    source = Checkpoint(folder)
-    if not config.training.evaluators and not config.training.test_iters:
-        raise UserError("training.evaluators is empty: there is nothing to evaluate")
+    folder = source.folder
     if (
         loaded.architecture is not None
         and loaded.architecture.parameter_shapes() != source.architecture.parameter_shapes()

@@ -85,6 +85,11 @@ class Evaluators:
                 "a samples evaluator needs a tokenizer: prepare the data again, or set data.tokenizer.path"
             )
 
+    @property
+    def streams(self) -> list[DataStream]:
+        """The data that is evaluated on."""
+        return list(self._streams.values())
+
     def run(self, name: str, entry: EvaluatorConfig, model: Decoder, iteration: int) -> dict[str, Any] | None:
         """Run one evaluator; returns its record for the metrics, None when it was told to stop."""
         if isinstance(entry.evaluator, SamplesEvaluatorConfig):

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from modelyard.config.architecture import Architecture
+from modelyard.config.huggingface import FAMILIES, can_export, read_config
 from modelyard.config.train import TrainConfig
 from modelyard.errors import UserError, missing_path
 from modelyard.files import numbered_folders
 from modelyard.model.formats import WeightSource, export_huggingface, open_huggingface
-from modelyard.train.checkpoint import Checkpoint, find_checkpoint
+from modelyard.train.checkpoint import open_checkpoint
 from modelyard.train.weights import DTYPES
 
 
@@ -77,19 +78,21 @@ def open_model(path: Path) -> OpenModel:
     exports = [folder for folder in numbered_folders(path) if (folder / "config.json").is_file()]
     if exports:
         path = exports[-1]  # `EXPERIMENT_DIR/export/llama` means its newest
-    if (path / "config.json").is_file():
+    # An experiment has a config.json too, of its own.
+    if (path / "config.json").is_file() and not (path / "checkpoint").is_dir():
+        if "modelyard_version" in read_config(path):
+            raise UserError(f"{path} is the folder of a run that has no checkpoint yet")
         model = open_huggingface(path)
         return OpenModel(model.weights, model.architecture, model.family, path, True, path)
-    folder = find_checkpoint(path)
-    if folder is None:
+    checkpoint = open_checkpoint(path)
+    if checkpoint is None:
         raise UserError(f"{path} holds neither a Hugging Face model (config.json) nor a checkpoint")
-    checkpoint = Checkpoint(folder)
-    tokenizer = folder.parent.parent / "tokenizer"
+    tokenizer = checkpoint.folder.parent.parent / "tokenizer"
     return OpenModel(
         checkpoint,
         checkpoint.architecture,
         checkpoint.config["training"]["export"]["format"] or natural_family(checkpoint.architecture),
-        folder,
+        checkpoint.folder,
         False,
         tokenizer if tokenizer.is_dir() else None,
     )
@@ -97,9 +100,7 @@ def open_model(path: Path) -> OpenModel:
 
 def natural_family(architecture: Architecture) -> str:
     """The Hugging Face family that holds this shape."""
-    if architecture.qkv_bias and not architecture.output_bias:
-        return "qwen2"
-    return "mistral" if architecture.window_size is not None else "llama"
+    return next((family for family in FAMILIES if can_export(architecture, family) is None), "llama")
 
 
 def convert(

@@ -1,20 +1,27 @@
-"""Numbers of a run: one JSON line a record, TensorBoard, and the line that a person reads."""
+"""Numbers of a run: one JSON line a record, TensorBoard and others who listen, and the line that a person reads."""
 
 from __future__ import annotations
 
 import json
-import os
+import math
 import resource
 import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from modelyard.config.architecture import Architecture
+from modelyard.files import replace_text
+from modelyard.train.appending import AppendedFile
+from modelyard.train.step import StepResult
+
+if TYPE_CHECKING:
+    from modelyard.train.board import Board
+    from modelyard.train.run import Run
 
 # Dense bf16 peaks in FLOP/s, from the vendors' data sheets (never the figures "with sparsity").
 PEAK_BF16_FLOPS = {
@@ -28,6 +35,9 @@ PEAK_BF16_FLOPS = {
     "RTX A6000": 154.8e12,
     "RTX 4090": 165.2e12,
 }
+
+STARVED = 0.1
+"""Share of the time spent waiting for data above which the log line says so."""
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -46,6 +56,17 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def model_flops_per_second(
+    architecture: Architecture, sequence_length: int, tokens_per_second: float, *, causal: bool = True
+) -> float:
+    """FLOP/s that the model needs at this speed, forward and backward, nothing counted twice.
+
+    `causal` counts the triangle of the attention; otherwise the square.
+    """
+    attention = architecture.attention_flops_per_token(sequence_length, causal=causal)
+    return tokens_per_second * (architecture.matmul_flops_per_token() + attention)
+
+
 def utilization(
     architecture: Architecture, sequence_length: int, tokens_per_second: float, peak: float | None
 ) -> dict[str, float]:
@@ -53,46 +74,45 @@ def utilization(
     if peak is None:
         return {}
     return {
-        f"mfu_{name}": tokens_per_second
-        * (
-            architecture.matmul_flops_per_token()
-            + architecture.attention_flops_per_token(sequence_length, causal=causal)
-        )
+        f"mfu_{name}": model_flops_per_second(architecture, sequence_length, tokens_per_second, causal=causal)
         / peak
         for name, causal in (("causal", True), ("full", False))
     }
 
 
 class MetricsLog:
-    """`metrics.jsonl` and TensorBoard of one experiment.
+    """`metrics.jsonl` of one experiment, and whoever else wants its records.
 
     Starting again at iteration N drops the records after N, and a torn last line, so that the file reads as that of
     a run which was never stopped.
     """
 
-    def __init__(self, folder: Path, *, resumed_at: int, tensorboard: bool):
+    def __init__(
+        self, folder: Path, *, resumed_at: int, tensorboard: bool, complain: Callable[[str], None] = print
+    ):
         self.path = folder / "metrics.jsonl"
         kept = keep_records(self.path, lambda record: record["iteration"] <= resumed_at)
         self.evaluated = {r["evaluator"] for r in kept if r["iteration"] == resumed_at and "evaluator" in r}
         """Evaluators that have their record for the iteration resumed at."""
-        self._file = self.path.open("a", encoding="utf-8")
-        self._board: Any = None
+        self.listeners: list[Callable[[dict[str, Any], str], None]] = []
+        """Called with each record and its prefix."""
+        self._file = AppendedFile(self.path, complain)
+        self._board: Board | None = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            from modelyard.train.board import Board
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
+            self._board = Board(folder / "tensorboard", first_step=resumed_at + 1, complain=complain)
 
     def write(self, record: dict[str, Any], *, prefix: str) -> None:
         """Append `record`, which holds `iteration`, with the time [seconds since 1970] beside it.
 
-        Its numbers go to TensorBoard as `<prefix>/<key>`.
+        Its numbers go to TensorBoard as `<prefix>/<key>`, those of a section as `<prefix>/<section>/<key>`.
         """
         self._file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
-        self._file.flush()
         if self._board is not None:
-            for key, value in record.items():
-                if key != "iteration" and isinstance(value, int | float):
-                    self._board.add_scalar(f"{prefix}/{key}", value, record["iteration"])
+            self._board.add_scalars(scalars(record, prefix), record["iteration"])
+        for listener in self.listeners:
+            listener(record, prefix)
 
     def close(self) -> None:
         self._file.close()
@@ -100,23 +120,32 @@ class MetricsLog:
             self._board.close()
 
 
+def scalars(record: dict[str, Any], prefix: str) -> dict[str, float]:
+    """The numbers of a record but its iteration, as `{"<prefix>/<key>": value}`; sections are flattened."""
+    found: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, dict):
+            found |= scalars(value, f"{prefix}/{key}")
+        elif key != "iteration" and isinstance(value, int | float):
+            found[f"{prefix}/{key}"] = value
+    return found
+
+
 def keep_records(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """Rewrite a file of JSON lines with the wanted records only, and return them; a line that is not whole goes."""
+    """Rewrite a file of JSON lines with the wanted records only, and return them; what is not a whole record goes."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = []
     for line in lines:
         try:
             record = json.loads(line) if line.endswith("\n") else None
         except ValueError:
             continue
-        if record is not None and wanted(record):
+        if isinstance(record, dict) and "iteration" in record and wanted(record):
             kept.append((line, record))
     if len(kept) != len(lines):
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(line for line, _ in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        replace_text(path, "".join(line for line, _ in kept))
     return [record for _, record in kept]
 
 
@@ -132,7 +161,8 @@ def training_line(record: dict[str, Any], train_iters: int, seconds_left: float)
     if "mfu_causal" in record:
         parts.append(f"MFU {record['mfu_causal']:.1%} causal, {record['mfu_full']:.1%} full")
     parts.append(f"memory {record['memory_bytes'] / 2**30:.2f} GiB")
-    parts.append(f"data wait {record['data_wait_share']:.1%}")
+    starved = ": TRAINING WAITS FOR DATA" if record["data_wait_share"] > STARVED else ""
+    parts.append(f"data wait {record['data_wait_share']:.1%}{starved}")
     if record["skipped_steps"]:
         parts.append(f"skipped {record['skipped_steps']}")
     parts.append(f"ETA {timedelta(seconds=round(seconds_left))}")
@@ -141,3 +171,49 @@ def training_line(record: dict[str, Any], train_iters: int, seconds_left: float)
 
 def _number(value: float | None, form: str) -> str:
     return "not finite" if value is None else format(value, form)
+
+
+class IntervalMeter:
+    """Means and speed since the last log line, over steps alone (evaluations and saves are not counted)."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.losses: list[float] = []
+        self.seconds = self.data_wait = 0.0
+        self.tokens = 0
+
+    def add(self, result: StepResult, seconds: float, data_wait: float, tokens: int) -> None:
+        if not result.skipped:
+            self.losses.append(result.loss)
+        self.seconds += seconds
+        self.data_wait += data_wait
+        self.tokens += tokens
+
+
+def training_record(
+    run: Run, result: StepResult, rate: float, meter: IntervalMeter, peak: float | None
+) -> dict[str, Any]:
+    """The metrics of this iteration; `loss` is its own over its whole batch, `loss_mean` that of the log interval."""
+    speed, length = meter.tokens / meter.seconds, run.config.batch.sequence_length
+    return {
+        "iteration": run.progress.iteration,
+        "loss": _finite(result.loss),
+        "learning_rate": rate,
+        "grad_norm": _finite(result.grad_norm),
+        "tokens": run.progress.tokens,
+        "tokens_per_second": speed,
+        "targets": result.targets,
+        "loss_mean": sum(meter.losses) / len(meter.losses) if meter.losses else None,
+        "skipped_steps": run.progress.skipped_steps,
+        "data_wait_share": meter.data_wait / meter.seconds,
+        "memory_bytes": peak_memory(run.device),
+        "model_flops_per_second": model_flops_per_second(run.architecture, length, speed),
+        **utilization(run.architecture, length, speed, peak),
+        "seconds": run.clock.read(),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -26,12 +26,17 @@ _BOUND = (
     "pretrained.model_weights",
     "model.base_model.logit_z_loss",
     "model.base_model.logits_scale_factor",
-    "model.base_model.init_method_std_embed",
-    "model.base_model.transformer.init_method_std",
-    "model.base_model.transformer.init_method_std_qkv",
-    "model.base_model.transformer.init_method_std_attn_proj",
-    "model.base_model.transformer.init_method_std_mlp_1",
-    "model.base_model.transformer.init_method_std_mlp_2",
+    "model.base_model.embeddings_lr_scale",
+    "model.base_model.output_lr_scale",
+    "model.base_model.transformer.attention_lr_scale",
+    "model.base_model.transformer.mlp_lr_scale",
+    "model.base_model.transformer.per_layer_lr_scale",
+    *(f"model.base_model.init_method_{word}_embed" for word in ("std", "min", "max")),
+    *(
+        f"model.base_model.transformer.init_method_{word}{part}"
+        for word in ("std", "min", "max")
+        for part in ("", "_qkv", "_attn_proj", "_mlp_1", "_mlp_2")
+    ),
     "model.distributed.seed",
     "model.distributed.training_dtype",
 )
@@ -79,6 +84,33 @@ def schedule_difference(old: LearningRateConfig, new: LearningRateConfig, steps:
     return None
 
 
+def run_differences(
+    old_config: dict[str, Any],
+    old_architecture: Architecture,
+    old_fingerprint: str,
+    *,
+    config: TrainConfig,
+    architecture: Architecture,
+    data_fingerprint: str,
+) -> list[str]:
+    """Lines on everything but the learning rate that makes a run of `config` another run than the old one."""
+    differences = binding_differences(old_config, config.model_dump(mode="json"))
+    # The longest position is a word in exports; nothing is computed from it.
+    before, now = (
+        flatten(dataclasses.asdict(dataclasses.replace(shape, max_position_embeddings=None)))
+        for shape in (old_architecture, architecture)
+    )
+    differences += [
+        f"architecture.{k}: was {before[k]!r}, is now {now[k]!r}" for k in now if before[k] != now[k]
+    ]
+    explained = any(line.startswith(("data.sampling", "batch.")) for line in differences)
+    if old_fingerprint != data_fingerprint and not explained:
+        differences.append(
+            "data.datasets.training: the rows are not those that this run was trained on so far"
+        )
+    return differences
+
+
 def refuse_changes(
     checkpoint: Checkpoint,
     config: TrainConfig,
@@ -92,28 +124,22 @@ def refuse_changes(
     With `force` the differences are returned instead, as lines.
     """
     old = checkpoint.config
-    differences = binding_differences(old, config.model_dump(mode="json"))
+    differences = run_differences(
+        old,
+        checkpoint.architecture,
+        checkpoint.state["data_fingerprint"],
+        config=config,
+        architecture=architecture,
+        data_fingerprint=data_fingerprint,
+    )
     old_rates = LearningRateConfig.model_validate(old["optimizer"]["learning_rate"])
     new_rates = config.optimizer.learning_rate
     if old_rates != new_rates:
         difference = schedule_difference(old_rates, new_rates, checkpoint.state["optimizer_steps"])
         differences += [difference] if difference else []
-    # The longest position is a word in exports; nothing is computed from it.
-    before, now = (
-        flatten(dataclasses.asdict(dataclasses.replace(shape, max_position_embeddings=None)))
-        for shape in (checkpoint.architecture, architecture)
-    )
-    differences += [
-        f"architecture.{k}: was {before[k]!r}, is now {now[k]!r}" for k in now if before[k] != now[k]
-    ]
     # Another shape cannot go on at all; --force does not help.
     if checkpoint.architecture.parameter_shapes() != architecture.parameter_shapes():
         force = False
-    explained = any(line.startswith(("data.sampling", "batch.")) for line in differences)
-    if checkpoint.state["data_fingerprint"] != data_fingerprint and not explained:
-        differences.append(
-            "data.datasets.training: the rows are not those that this run was trained on so far"
-        )
     if differences and not force:
         raise UserError(
             *differences,

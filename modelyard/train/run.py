@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import errno
+import os
 import shutil
 import time
 from collections.abc import Collection, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Literal
 
 import torch
 
 import modelyard
 from modelyard.config.architecture import Architecture
-from modelyard.config.disk import disk_problem
+from modelyard.config.disk import disk_problem, export_bytes, size
 from modelyard.config.loader import Loaded
+from modelyard.config.scales import rate_scales
 from modelyard.config.train import TrainConfig
+from modelyard.config.training import OnError
 from modelyard.data.stream import prefetched
 from modelyard.errors import RunFailed, UserError
-from modelyard.files import complete_or_absent, only_one, prune, remove_folder, set_aside
+from modelyard.files import (
+    DISK_FULL,
+    complete_or_absent,
+    numbered_folders,
+    only_one,
+    prune,
+    remove_folder,
+    set_aside,
+    sync,
+)
+from modelyard.model.compile import compile_blocks
 from modelyard.model.formats.tokenizer_files import copy_tokenizer
+from modelyard.train.allocator import keep_freed_memory
+from modelyard.train.announce import announce, farewell, say_end, say_start
 from modelyard.train.build import (
     build_model,
+    compiles,
     compute_device,
     initial_weights,
     loss_options,
@@ -32,13 +49,25 @@ from modelyard.train.build import (
 )
 from modelyard.train.checkpoint import Checkpoint, newest_usable, save_checkpoint
 from modelyard.train.console import Console
+from modelyard.train.data_check import damaged_data, foreign_tokenizers, stores_read
 from modelyard.train.evaluators import Evaluators
-from modelyard.train.metrics import MetricsLog, peak_flops, peak_memory, training_line, utilization
+from modelyard.train.events import EventLog
+from modelyard.train.experiment import another_run, refuse_foreign_folder, write_description
+from modelyard.train.metrics import (
+    IntervalMeter,
+    MetricsLog,
+    peak_flops,
+    training_line,
+    training_record,
+)
 from modelyard.train.optimizer import Optimizer
+from modelyard.train.phases import PhaseClock
+from modelyard.train.profiling import Profiler
 from modelyard.train.resume import refuse_changes
 from modelyard.train.schedule import learning_rate
 from modelyard.train.signals import StopSignal
 from modelyard.train.step import StepResult, train_step
+from modelyard.train.wandb_run import WandbRun, require_wandb
 from modelyard.train.weights import DTYPES, Weights
 
 
@@ -64,6 +93,9 @@ class Run:
         self.loss_options = loss_options(config.model.base_model)
         self.progress = Progress()
         self.stop = StopSignal()
+        self.events = EventLog(console)
+        self.clock = PhaseClock(self.device)
+        self.profiler = Profiler(config, self.device, console.line)
 
         self.stream = open_stream(config, "training", architecture)
         self.tokenizer_folder = tokenizer_folder(config, self.stream)
@@ -77,30 +109,54 @@ class Run:
             stop=lambda: bool(self.stop),
         )
 
+        read = stores_read([self.stream, *self.evaluators.streams])
+        if problems := damaged_data(read):
+            raise UserError(*problems)
+        for stream in (self.stream, *self.evaluators.streams):
+            stream.describe()  # says what the first block shows: that no document fits in a row
+        foreign = foreign_tokenizers(config, read)
+        if foreign and not force:
+            raise UserError(*foreign, "with --force it is trained all the same")
+
         checkpoint, damaged = newest_usable(self.folder / "checkpoint")
         if damaged and checkpoint is None and not force:
             raise UserError(
                 *damaged.values(),
                 f"every checkpoint in {self.folder / 'checkpoint'} is damaged; --force sets them aside and starts anew",
             )
-        for path, problem in damaged.items():
-            console.line(f"warning: checkpoint {path} is damaged ({problem}); set aside as {set_aside(path)}")
+        self.forced: list[str] = []
+        """What was gone on from all the same, because of --force."""
         if checkpoint is not None:
-            for line in refuse_changes(
+            self.forced = refuse_changes(
                 checkpoint, config, architecture, self.stream.fingerprint, force=force
-            ):
-                console.line(f"forced: {line}")
+            )
+        elif other := another_run(self.folder, config, architecture, self.stream.fingerprint):
+            if not force:
+                raise UserError(f"{other}; choose another folder, or start over in this one with --force")
+            self.forced = [other]
+        for path, problem in damaged.items():
+            warning = f"warning: checkpoint {path} is damaged ({problem}); set aside as {set_aside(path)}"
+            self.events.add("checkpoint_damaged", int(path.name), warning)
+        self.forced += foreign
+        for line in self.forced:
+            console.line(f"forced: {line}")
 
+        keep_freed_memory()
         self.model = build_model(architecture, self.device)
+        if compiles(config, self.device):
+            compile_blocks(self.model)
         if checkpoint is None:
             console.line(initial_weights(self.model, architecture, config))
         self.weights = Weights(self.model, self.dtype)
-        optimizer = config.optimizer
+        optimizer, default = config.optimizer, config.optimizer.default_learning_rate_scale
+        scales = rate_scales(config.model.base_model, architecture, 1.0 if default is None else default)
+        self.weights.freeze(name for name, scale in scales.items() if scale == 0)
         self.optimizer = Optimizer(
             self.weights.master,
             weight_decay=optimizer.weight_decay,
             betas=(optimizer.beta_1, optimizer.beta_2),
             epsilon=optimizer.epsilon,
+            scales=scales,
         )
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -123,32 +179,76 @@ class Run:
         self.progress = Progress(**state["progress"])
         self.stream.load_state_dict(state["data"])
 
+    @property
+    def saved(self) -> bool:
+        """Whether this iteration has its checkpoint."""
+        return (self.folder / "checkpoint" / str(self.progress.iteration)).exists()
+
     def save(self) -> None:
-        """Save a checkpoint of this iteration, unless it is there, then remove the ones it makes superfluous."""
+        """Save a checkpoint of this iteration, unless it is there, then remove the ones it makes superfluous.
+
+        Where that fails, the ones before stay; `training.checkpoint.on_error` says whether the run goes on.
+        """
         directory = self.folder / "checkpoint"
         settings = self.config.training.checkpoint
         destination = directory / str(self.progress.iteration)
         if not destination.exists():
+            moments = self.optimizer.moments()
+            tensors = [*self.weights.master.values(), *moments.values()]
+            needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
             begin = time.perf_counter()
-            save_checkpoint(
-                destination,
-                parameters=self.weights.master,
-                moments=self.optimizer.moments(),
-                state={
-                    "modelyard_version": modelyard.__version__,
-                    "torch_version": torch.__version__,
-                    "initialized_on": self.device.type,
-                    "progress": dataclasses.asdict(self.progress),
-                    "optimizer_steps": self.optimizer.steps,
-                    "architecture": dataclasses.asdict(self.architecture),
-                    "seed": self.config.model.distributed.seed,
-                    "data_fingerprint": self.stream.fingerprint,
-                    "data": self.stream.state_dict(),
-                },
-                config=self.config.model_dump(mode="json"),
-            )
-            self.console.line(f"saved {destination} in {time.perf_counter() - begin:.1f} s")
+            try:
+                _refuse_without_room(directory, needed)
+                # What was logged before this checkpoint is not logged again after it: it must be as durable.
+                if (metrics := self.folder / "metrics.jsonl").exists():
+                    sync(metrics)
+                save_checkpoint(
+                    destination,
+                    parameters=self.weights.master,
+                    moments=moments,
+                    state={
+                        "modelyard_version": modelyard.__version__,
+                        "torch_version": torch.__version__,
+                        "initialized_on": self.device.type,
+                        "progress": dataclasses.asdict(self.progress),
+                        "optimizer_steps": self.optimizer.steps,
+                        "architecture": dataclasses.asdict(self.architecture),
+                        "seed": self.config.model.distributed.seed,
+                        "data_fingerprint": self.stream.fingerprint,
+                        "data": self.stream.state_dict(),
+                    },
+                    config=self.config.model_dump(mode="json"),
+                )
+            except (UserError, OSError) as error:
+                before = numbered_folders(directory)
+                stays = f"checkpoint {before[-1]} stays" if before else "there is no earlier checkpoint"
+                self._failed_write("saved", error, directory, needed, settings.on_error, stays)
+                return
+            self._written("saved", destination, begin)
         prune(directory, keep=settings.keep, keep_every=settings.keep_every, ordinal=settings.ordinal)
+
+    def _written(self, event: Literal["saved", "exported"], destination: Path, begin: float) -> None:
+        seconds = time.perf_counter() - begin
+        size = sum(path.stat().st_size for path in destination.iterdir())
+        text = f"{event} {destination} in {seconds:.1f} s"
+        self.events.add(event, self.progress.iteration, text, seconds=round(seconds, 3), bytes=size)
+
+    def _failed_write(
+        self, verb: str, error: Exception, directory: Path, needed: int, on_error: OnError, stays: str
+    ) -> None:
+        """Say and keep that a checkpoint or export could not be written; raises RunFailed where that stops the run."""
+        cause = error if isinstance(error, OSError) else error.__cause__
+        free = shutil.disk_usage(self.folder).free
+        reason = str(error)
+        if isinstance(cause, OSError) and cause.errno in DISK_FULL:
+            reason = f"no space left in {directory} ({size(free)} free, {size(needed)} needed)"
+        text = f"iteration {self.progress.iteration} is not {verb}: {reason}; {stays}"
+        facts = {"free_bytes": free, "needed_bytes": needed, "folder": str(directory)}
+        self.events.add(
+            "save_failed", self.progress.iteration, f"warning: {text}", say=on_error == "continue", **facts
+        )
+        if on_error == "stop":
+            raise RunFailed(text)
 
     def export(self, *, replace: bool) -> None:
         """Write the Hugging Face folder of this iteration; with `replace` also where there is one of other weights."""
@@ -162,14 +262,22 @@ class Run:
             # From before this run went back to an earlier checkpoint, perhaps with other settings.
             remove_folder(destination)
         if not destination.exists():
-            export_weights(
-                self.weights.master,
-                destination,
-                architecture=self.architecture,
-                config=self.config,
-                tokenizer_folder=self.tokenizer_folder,
-            )
-            self.console.line(f"exported {destination}")
+            needed = export_bytes(self.config, self.architecture)
+            begin = time.perf_counter()
+            try:
+                _refuse_without_room(directory, needed)
+                export_weights(
+                    self.weights.master,
+                    destination,
+                    architecture=self.architecture,
+                    config=self.config,
+                    tokenizer_folder=self.tokenizer_folder,
+                )
+            except (UserError, OSError) as error:
+                stays = "checkpoints and earlier exports stay"
+                self._failed_write("exported", error, directory, needed, settings.on_error, stays)
+                return
+            self._written("exported", destination, begin)
         prune(directory, keep=settings.keep, keep_every=settings.keep_every, ordinal=settings.ordinal)
 
     def keep_tokenizer(self) -> None:
@@ -184,20 +292,26 @@ class Run:
     def steps(self) -> Iterator[tuple[StepResult, float, float]]:
         """Train to the last iteration; yields (result, learning rate, seconds waited for data) after each step."""
         training, batch_config = self.config.training, self.config.batch
+        clock = self.clock
         with closing(prefetched(self.stream, self.progress.iteration, training.train_iters)) as batches:
+            clock("data")
             for batch, data_wait in batches:
+                clock("other")
                 rate = learning_rate(self.config.optimizer.learning_rate, self.optimizer.steps + 1)
-                result = train_step(
-                    self.model,
-                    self.weights,
-                    self.optimizer,
-                    batch,
-                    learning_rate=rate,
-                    micro_batch_size=batch_config.micro_batch_size,
-                    max_norm=self.config.optimizer.gradient_norm_clipping,
-                    loss_options=self.loss_options,
-                    device=self.device,
-                )
+                with self.profiler.around(self.progress.iteration + 1, clock):
+                    result = train_step(
+                        self.model,
+                        self.weights,
+                        self.optimizer,
+                        batch,
+                        learning_rate=rate,
+                        micro_batch_size=batch_config.micro_batch_size,
+                        max_norm=self.config.optimizer.gradient_norm_clipping,
+                        loss_options=self.loss_options,
+                        device=self.device,
+                        phase=clock,
+                    )
+                    clock("other")
                 self.progress.iteration += 1
                 self.progress.tokens += batch.input_ids.numel()
                 if result.skipped:
@@ -205,14 +319,17 @@ class Run:
                 else:
                     self.progress.skipped_in_a_row = 0
                 yield result, rate, data_wait
+                clock("data")
 
     def _count_skip(self, reason: str) -> None:
         self.progress.skipped_steps += 1
         self.progress.skipped_in_a_row += 1
         limit = self.config.training.max_skipped_steps
-        self.console.line(
+        self.events.add(
+            "skipped",
+            self.progress.iteration,
             f"iteration {self.progress.iteration}: {reason}; the step is skipped, weights untouched "
-            f"({self.progress.skipped_in_a_row} in a row, the run stops at {limit})"
+            f"({self.progress.skipped_in_a_row} in a row, the run stops at {limit})",
         )
         if self.progress.skipped_in_a_row >= limit:
             raise RunFailed(
@@ -222,27 +339,11 @@ class Run:
             )
 
 
-class IntervalMeter:
-    """Means and speed since the last log line, over steps alone (evaluations and saves are not counted)."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.losses: list[float] = []
-        self.seconds = self.data_wait = 0.0
-        self.tokens = 0
-
-    def add(self, result: StepResult, seconds: float, data_wait: float, tokens: int) -> None:
-        if not result.skipped:
-            self.losses.append(result.loss)
-        self.seconds += seconds
-        self.data_wait += data_wait
-        self.tokens += tokens
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _refuse_without_room(directory: Path, needed: int) -> None:
+    """Raise OSError before the disk is filled in vain."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(directory).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
 
 
 def train(loaded: Loaded, *, force: bool = False) -> int:
@@ -256,22 +357,32 @@ def train(loaded: Loaded, *, force: bool = False) -> int:
         architecture = checkpoint.architecture
     if problem := disk_problem(config, architecture):
         raise UserError(problem)
-    folder, existed = config.run.experiment_dir, config.run.experiment_dir.exists()
+    require_wandb(config)
+    folder = config.run.experiment_dir
+    if not force:
+        refuse_foreign_folder(folder)
+    made = [place for place in (folder / ".lock", folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".lock").touch()
     except OSError as error:
         raise UserError(f"run.experiment_dir: {folder} cannot be written to: {error.strerror}") from None
     with only_one(folder / ".lock", f"another process is training in {folder} at this moment"):
-        for unfinished in (*folder.glob("checkpoint/*.tmp"), *folder.glob("export/*/*.tmp")):
-            shutil.rmtree(unfinished, ignore_errors=True)  # left over by a run that was killed
+        for pattern in ("checkpoint/*.tmp", "export/*/*.tmp", "profile/*.tmp"):
+            for unfinished in folder.glob(pattern):
+                shutil.rmtree(unfinished, ignore_errors=True)  # left over by a run that was killed
         console = Console()
         try:
             run = Run(config, architecture, force=force, console=console)
         except BaseException:
             # Nothing stays behind when a run is refused.
-            if not existed:
+            if folder in made:
                 shutil.rmtree(folder, ignore_errors=True)
+            elif made:
+                made[0].unlink(missing_ok=True)
+            for place in made[2:]:
+                with suppress(OSError):  # another run may have begun in it
+                    place.rmdir()
             raise
         console.open_log(folder / "log.txt")
         run.keep_tokenizer()
@@ -282,50 +393,101 @@ def train(loaded: Loaded, *, force: bool = False) -> int:
 
 
 def _train(run: Run, remarks: list[str]) -> int:
+    config, training, console, events = run.config, run.config.training, run.console, run.events
+    events.open(run.folder / "events.jsonl")
+    announce(run, remarks)
+    write_description(
+        run.folder,
+        config,
+        run.architecture,
+        device=run.device,
+        data_fingerprint=run.stream.fingerprint,
+    )
+    log = MetricsLog(
+        run.folder,
+        resumed_at=run.progress.iteration,
+        tensorboard=training.logs.tensorboard,
+        complain=console.line,
+    )
+    with ExitStack() as stack:
+        for thing in (console, events, log):
+            stack.enter_context(closing(thing))
+        stack.enter_context(run.stop)
+        wandb_run = None
+        if training.wandb.entity_name is not None:
+            wandb_run = WandbRun(config, run.folder / "config.json", console.line)
+            log.listeners.append(wandb_run.record)
+            events.listeners.append(wandb_run.event)
+        status = 1
+        try:
+            say_start(run)
+            status = _loop(run, log)
+            return status
+        except BaseException as error:
+            text = str(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"
+            events.add("failed", run.progress.iteration, text, say=False)
+            raise
+        finally:
+            if wandb_run is not None:
+                wandb_run.finish(status)
+
+
+def _loop(run: Run, log: MetricsLog) -> int:
+    """Train, with all that happens between the steps, to the end or to where something ends it."""
     config, training, progress, console = run.config, run.config.training, run.progress, run.console
     begin_iteration = progress.iteration
-    _announce(run, remarks)
-    log = MetricsLog(run.folder, resumed_at=begin_iteration, tensorboard=training.logs.tensorboard)
     console.start_bar(training.train_iters, done=begin_iteration)
     peak = peak_flops(run.device, run.dtype)
     meter, total = IntervalMeter(), IntervalMeter()
+    run.clock.read()  # what was before belongs to no interval
 
-    with run.stop, closing(console), closing(log):
-        if begin_iteration or run.finished:
-            # What a kill or a signal cut off after this iteration's checkpoint was written.
-            done = log.evaluated if training.train_iters else ()
-            _side_work(run, log, resumed=True, done=done)
+    if begin_iteration or run.finished:
+        # What a kill or a signal cut off after this iteration's checkpoint was written.
+        done = log.evaluated if training.train_iters else ()
+        _side_work(run, log, resumed=True, done=done)
 
-        begin = time.perf_counter()
-        for result, rate, data_wait in run.steps():
-            seconds = time.perf_counter() - begin
-            for sums in (meter, total):
-                sums.add(result, seconds, data_wait, config.batch.tokens)
-            console.advance(progress.iteration, result.loss)
-            if training.logs.due(progress.iteration) or (run.finished and training.logs.interval):
-                record = _training_record(run, result, rate, meter, peak)
-                log.write(record, prefix="training")
-                pace = total.seconds / (progress.iteration - begin_iteration)
-                seconds_left = pace * (training.train_iters - progress.iteration)
-                console.line(training_line(record, training.train_iters, seconds_left))
-                meter.reset()
-            _side_work(run, log)
-            if run.stop:
-                console.line(
-                    f"stopped after iteration {progress.iteration}; the same command goes on from there"
+    begin = time.perf_counter()
+    for result, rate, data_wait in run.steps():
+        seconds = time.perf_counter() - begin
+        for sums in (meter, total):
+            sums.add(result, seconds, data_wait, config.batch.tokens)
+        console.advance(progress.iteration, result.loss)
+        if training.logs.due(progress.iteration) or (run.finished and training.logs.interval):
+            record = training_record(run, result, rate, meter, peak)
+            log.write(record, prefix="training")
+            pace = total.seconds / (progress.iteration - begin_iteration)
+            seconds_left = pace * (training.train_iters - progress.iteration)
+            console.line(training_line(record, training.train_iters, seconds_left))
+            meter.reset()
+        _side_work(run, log)
+        if run.stop:
+            text = f"stopped after iteration {progress.iteration}"
+            text += "; the same command goes on from there" if run.saved else ", which is not saved"
+            say_end(run, "stopped", text, signal=run.stop.signum)
+            return 128 + (run.stop.signum or 0)
+        if training.shutdown.due(progress.iteration) and not run.finished:
+            if not run.saved:
+                raise RunFailed(
+                    f"iteration {progress.iteration}, at which training.shutdown leaves, is not saved"
                 )
-                return 128 + (run.stop.signum or 0)
-            if training.shutdown.due(progress.iteration) and not run.finished:
-                console.line(f"shutdown after iteration {progress.iteration}, as training.shutdown says")
-                return 0
-            begin = time.perf_counter()
+            say_end(
+                run, "shutdown", f"shutdown after iteration {progress.iteration}, as training.shutdown says"
+            )
+            return 0
+        begin = time.perf_counter()
 
-        tested = progress.iteration == begin_iteration and "test" in log.evaluated
-        if training.test_iters and not tested:
-            test = run.evaluators.test(run.model, progress.iteration)
-            if test is not None:
-                log.write(test, prefix="test")
-        _farewell(run)
+    tested = progress.iteration == begin_iteration and "test" in log.evaluated
+    if training.test_iters and not tested:
+        run.clock("evaluation")
+        test = run.evaluators.test(run.model, progress.iteration)
+        run.clock("other")
+        if test is not None:
+            log.write(test, prefix="test")
+    if progress.iteration and not run.saved:
+        raise RunFailed(
+            f"the last iteration, {progress.iteration}, is not saved; see {run.folder / 'events.jsonl'}"
+        )
+    farewell(run)
     return 0
 
 
@@ -334,73 +496,20 @@ def _side_work(run: Run, log: MetricsLog, *, resumed: bool = False, done: Collec
 
     The checkpoint comes first, so that nothing that goes wrong in the others costs it.
     """
-    training, iteration = run.config.training, run.progress.iteration
+    training, iteration, clock = run.config.training, run.progress.iteration, run.clock
     if iteration and (training.checkpoint.due(iteration) or run.finished):
+        clock("checkpoint")
         run.save()
     for name, entry in training.evaluators.items():
         if (entry.due(iteration) or (run.finished and entry.interval)) and name not in done:
+            clock("evaluation")
             evaluation = run.evaluators.run(name, entry, run.model, iteration)
             if evaluation is not None:
                 log.write(evaluation, prefix=name)
     if iteration and run.stop:
+        clock("checkpoint")
         run.save()
     elif iteration and (training.export.due(iteration) or (run.finished and training.export.interval)):
+        clock("export")
         run.export(replace=not resumed)
-
-
-def _training_record(
-    run: Run, result: StepResult, rate: float, meter: IntervalMeter, peak: float | None
-) -> dict[str, Any]:
-    """The metrics of this iteration; `loss` is its own over its whole batch, `loss_mean` that of the log interval."""
-    speed = meter.tokens / meter.seconds
-    return {
-        "iteration": run.progress.iteration,
-        "loss": _finite(result.loss),
-        "learning_rate": rate,
-        "grad_norm": _finite(result.grad_norm),
-        "tokens": run.progress.tokens,
-        "tokens_per_second": speed,
-        "targets": result.targets,
-        "loss_mean": sum(meter.losses) / len(meter.losses) if meter.losses else None,
-        "skipped_steps": run.progress.skipped_steps,
-        "data_wait_share": meter.data_wait / meter.seconds,
-        "memory_bytes": peak_memory(run.device),
-        **utilization(run.architecture, run.config.batch.sequence_length, speed, peak),
-    }
-
-
-def _announce(run: Run, remarks: list[str]) -> None:
-    config, console = run.config, run.console
-    for remark in remarks:
-        console.line(remark)
-    console.line(
-        f"{run.architecture.parameter_count():,} parameters, {config.model.distributed.training_dtype} on "
-        f"{run.device.type} ({torch.get_num_threads()} threads), {config.batch.tokens:,} tokens an iteration "
-        f"(micro-batches of {config.batch.micro_batch_size})"
-    )
-    for line in run.stream.describe():
-        console.line(line)
-    iteration, train_iters = run.progress.iteration, config.training.train_iters
-    if iteration:
-        console.line(f"resuming from {run.folder / 'checkpoint' / str(iteration)}")
-    if iteration >= train_iters > 0:
-        console.line(
-            f"this run has {iteration} iterations, training.train_iters is {train_iters}: nothing to train"
-        )
-
-
-def _farewell(run: Run) -> None:
-    console, folder = run.console, run.folder
-    console.stop_bar()
-    if run.config.training.train_iters == 0:
-        console.line(
-            f"evaluated; training.train_iters is 0: nothing is trained or saved ({folder / 'metrics.jsonl'})"
-        )
-        return
-    console.line(f"finished {run.progress.iteration} iterations, {run.progress.tokens:,} tokens")
-    console.line(f"  checkpoints  {folder / 'checkpoint'}")
-    board = f", tensorboard --logdir {folder / 'tensorboard'}" if run.config.training.logs.tensorboard else ""
-    console.line(f"  metrics      {folder / 'metrics.jsonl'}{board}")
-    if run.config.training.export.interval:
-        console.line(f"  export       {folder / 'export'}")
-    console.line(f"  try          modelyard generate {folder} --prompt '…'")
+    clock("other")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from modelyard.data.batch import Batch
 from modelyard.loss.cross_entropy import linear_cross_entropy
 from modelyard.model.decoder import Decoder
 from modelyard.train.optimizer import Optimizer
+from modelyard.train.phases import untimed
 from modelyard.train.weights import Weights
 
 
@@ -65,12 +66,14 @@ def train_step(
     max_norm: float,
     loss_options: LossOptions,
     device: torch.device,
+    phase: Callable[[str], object] = untimed,
 ) -> StepResult:
     """Train on one global batch.
 
     The loss is the sum over the trained tokens of all micro-batches, divided once by their number; gradients are
     summed in fp32 and divided once. A loss or gradient that is not finite leaves weights, moments and the step
-    count as they were. `max_norm` 0 turns clipping off.
+    count as they were. `max_norm` 0 turns clipping off. `phase` is called with `forward`, `backward` or `optimizer` where
+    each begins; the gradients that the fused cross-entropy makes on its way belong to `forward`.
     """
     targets = batch.num_targets
     if targets == 0:
@@ -78,10 +81,13 @@ def train_step(
 
     total = torch.zeros((), dtype=torch.float64, device=device)
     for micro_batch in micro_batches(batch, micro_batch_size, device):
+        phase("forward")
         loss = loss_sum(model, micro_batch, loss_options)
+        phase("backward")
         loss.backward()
         total += loss.detach()
 
+    phase("optimizer")
     gradients = weights.gradients()
     grad_norm = torch.nn.utils.get_total_norm(gradients).item() / targets
     mean_loss = total.item() / targets

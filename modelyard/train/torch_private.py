@@ -1,8 +1,13 @@
-"""The parts of torch's distributed checkpoint that have no public door; checked against torch 2.11 and 2.13."""
+"""What `train/` uses of torch that has no public door: parts of the distributed checkpoint, the GPU's memory history.
+
+Checked against torch 2.11 and 2.13.
+"""
 
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +66,24 @@ class SafeFileSystemReader(FileSystemReader):
         if self._metadata.storage_meta is not None:
             self._metadata.storage_meta.load_id = self.load_id
         return self._metadata
+
+
+@contextmanager
+def cuda_memory_history(*, enabled: bool) -> Iterator[Callable[[Path], None]]:
+    """Record every allocation on the GPU while entered; gives a function that writes what there is so far as a snapshot.
+
+    https://docs.pytorch.org/docs/stable/torch_cuda_memory.html describes both calls, which have kept their underscores.
+    """
+    if not enabled:
+        yield lambda path: None
+        return
+    memory = torch.cuda.memory
+    if not hasattr(memory, "_record_memory_history") or not hasattr(memory, "_dump_snapshot"):
+        raise RuntimeError(
+            f"torch {torch.__version__} records no memory history; set training.profiling.memory: no"
+        )
+    memory._record_memory_history(max_entries=1_000_000)
+    try:
+        yield lambda path: memory._dump_snapshot(str(path))
+    finally:
+        memory._record_memory_history(enabled=None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -32,6 +34,11 @@ class Weights:
         model.to(compute_dtype)
         for name, parameter in self.compute.items():
             parameter.register_post_accumulate_grad_hook(_accumulate_into(self.master[name]))
+
+    def freeze(self, names: Iterable[str]) -> None:
+        """No gradients for these parameters: they keep their values."""
+        for name in names:
+            self.compute[name].requires_grad_(False)
 
     def publish(self) -> None:
         """Cast the master weights to the compute dtype; the one cast of a step."""

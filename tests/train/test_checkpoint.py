@@ -1,5 +1,6 @@
 import dataclasses
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from modelyard.config.architecture import Architecture, Rotary
 from modelyard.errors import UserError
-from modelyard.train.checkpoint import Checkpoint, find_checkpoint, newest_usable, save_checkpoint
+from modelyard.train.checkpoint import Checkpoint, newest_usable, open_checkpoint, save_checkpoint
 
 SHAPE = Architecture(8, 4, 1, 2, 1, 2, 6, rotary=Rotary("llama3", 500_000.0))
 
@@ -82,9 +83,47 @@ def test_nothing_is_run_from_a_hostile_folder(tmp_path: Path) -> None:
 
 def test_finding_the_checkpoint_that_a_path_means(tmp_path: Path) -> None:
     directory = tmp_path / "run" / "checkpoint"
-    assert find_checkpoint(tmp_path / "run") is None
+    assert open_checkpoint(tmp_path / "run") is None
     save(directory, 3)
     newest = save(directory, 12)
     (directory / "20.tmp").mkdir()
     for path in (tmp_path / "run", directory, newest):
-        assert find_checkpoint(path) == newest
+        assert (found := open_checkpoint(path)) is not None
+        assert found.folder == newest
+
+
+def test_a_checkpoint_is_verified_once_to_be_used(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By `evaluate` and by what `generate` and `convert` open; a damaged one is passed over, and named where it is all."""
+    from modelyard.train.evaluate import evaluate
+    from modelyard.train.export import open_model
+    from modelyard.train.run import train
+    from tests.train.helpers import loaded
+
+    config = loaded(
+        "training.train_iters=2",
+        "training.checkpoint={interval: 1, offset: 0}",
+        "training.evaluators={held_out: {interval: 1, evaluator: {iterations: 1}}}",
+    )
+    assert train(config) == 0
+    looked_at: list[str] = []
+    problems = Checkpoint.problems
+
+    def counted(folder: Path) -> list[str]:
+        looked_at.append(folder.name)
+        return problems(folder)
+
+    monkeypatch.setattr(Checkpoint, "problems", staticmethod(counted))
+    assert evaluate(config, checkpoint=None, as_json=True) == 0
+    assert evaluate(config, checkpoint=Path("run/checkpoint/1"), as_json=True) == 0
+    assert open_model(Path("run")).folder == Path("run/checkpoint/2")
+    assert looked_at == ["2", "1", "2"]
+    Path("run/checkpoint/2/state.json").write_text("{")
+    assert open_model(Path("run")).folder == Path("run/checkpoint/1")
+    Path("run/checkpoint/1/.metadata").unlink()
+    with pytest.raises(UserError, match=r"checkpoint/2/state.json has 1 bytes where its manifest says"):
+        open_model(Path("run"))
+    shutil.rmtree("run/checkpoint")
+    with pytest.raises(UserError, match=r"run is the folder of a run that has no checkpoint yet"):
+        open_model(Path("run"))

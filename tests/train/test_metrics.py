@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from modelyard.config.architecture import Architecture
-from modelyard.train.metrics import MetricsLog, training_line, utilization
+from modelyard.train.metrics import MetricsLog, model_flops_per_second, training_line, utilization
 
 
 def test_starting_again_drops_later_and_torn_lines(tmp_path: Path) -> None:
@@ -26,11 +26,20 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = MetricsLog(tmp_path, resumed_at=0, tensorboard=True)
-    log.write({"iteration": 7, "loss": 2.5, "evaluator": "x"}, prefix="training")
+    log.write(
+        {"iteration": 7, "loss": 2.5, "evaluator": "x", "seconds": {"data": 0.25}, "loss_mean": None},
+        prefix="training",
+    )
+    log.write({"iteration": 8, "loss": 9.0}, prefix="training")
     log.close()
+    log = MetricsLog(tmp_path, resumed_at=7, tensorboard=True)  # what was after 7 is void
+    log.write({"iteration": 8, "loss": 2.0}, prefix="training")
+    log.close()
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    (event,) = events.Scalars("training/loss")
-    assert (event.step, event.value) == (7, 2.5)
+    assert sorted(events.Tags()["scalars"]) == ["training/loss", "training/seconds/data"]
+    assert [(e.step, e.value) for e in events.Scalars("training/loss")] == [(7, 2.5), (8, 2.0)]
+    assert [(e.step, e.value) for e in events.Scalars("training/seconds/data")] == [(7, 0.25)]
 
 
 def test_utilization_of_the_published_8b_run() -> None:
@@ -40,6 +49,7 @@ def test_utilization_of_the_published_8b_run() -> None:
     assert shares["mfu_causal"] == pytest.approx(0.493, abs=0.001)
     assert shares["mfu_full"] == pytest.approx(shares["mfu_causal"] + 0.033, abs=0.001)
     assert utilization(shape, 4096, 10_100, None) == {}
+    assert model_flops_per_second(shape, 4096, 10_100) == pytest.approx(487e12, rel=0.005)
 
 
 def test_line_for_people() -> None:
@@ -51,4 +61,6 @@ def test_line_for_people() -> None:
         "iteration 10/100 | loss 2.3457 | lr 3.000e-04 | grad norm 1.235 | 12,346 tokens/s | memory 1.00 GiB | "
         "data wait 1.5% | skipped 2 | ETA 1:01:01"
     )
+    starved = training_line({**record, "data_wait_share": 0.25}, 100, 1)
+    assert "| data wait 25.0%: TRAINING WAITS FOR DATA |" in starved
     assert "| loss not finite |" in training_line({**record, "loss": None}, 100, 1)

@@ -22,6 +22,32 @@ def test_first_step_by_hand() -> None:
     torch.testing.assert_close(optimizer.moments()["m.exp_avg_sq"], torch.full((2, 2), 0.0125))
 
 
+def test_scales_are_factors_on_the_rate_and_zero_freezes() -> None:
+    """Adam's first step is lr x scale x sign(g); the decay of the matrix is scaled along."""
+    names = ("half", "frozen", "whole", "norm")
+    values = {name: nn.Parameter(torch.full((2, 2) if name != "norm" else (2,), 2.0)) for name in names}
+    optimizer = Optimizer(
+        values,
+        weight_decay=0.1,
+        betas=(0.9, 0.95),
+        epsilon=1e-8,
+        scales={"half": 0.5, "frozen": 0.0, "norm": 3.0},
+    )
+    for parameter in values.values():
+        parameter.grad = torch.full_like(parameter, 0.5)
+    optimizer.step(0.01)
+    after = {name: parameter.flatten()[0].item() for name, parameter in values.items()}
+    assert after == pytest.approx(
+        {"half": 2 * (1 - 0.0005) - 0.005, "frozen": 2.0, "whole": 2 * (1 - 0.001) - 0.01, "norm": 2 - 0.03}
+    )
+    moments = optimizer.moments()
+    assert moments["frozen.exp_avg"].eq(0).all()
+    again = Optimizer(values, weight_decay=0.1, betas=(0.9, 0.95), epsilon=1e-8, scales={"frozen": 0.0})
+    again.load_moments(moments, 1)
+    assert values["frozen"] not in again.adamw.state
+    assert values["half"] in again.adamw.state
+
+
 @pytest.mark.parametrize("steps_before", [0, 3])
 def test_continuing_from_moments_is_bit_equal(steps_before: int) -> None:
     torch.manual_seed(0)

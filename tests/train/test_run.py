@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,45 +10,14 @@ import pytest
 import torch
 
 import modelyard.train.run as run_module
-from modelyard.config.loader import Loaded, load_config
 from modelyard.errors import RunFailed, UserError
 from modelyard.train.checkpoint import Checkpoint
-from modelyard.train.console import Console
-from modelyard.train.run import Run, train
+from modelyard.train.phases import PHASES
+from modelyard.train.run import train
 from modelyard.train.step import StepResult, train_step
+from tests.train.helpers import CONFIG, lines, loaded, new_run
 
-CONFIG = """\
-training:
-  train_iters: 12
-  logs: {interval: 1, tensorboard: no}
-  checkpoint: {interval: 2, offset: 1, keep: 2, keep_every: 2}
-batch: {sequence_length: 16, batch_size: 4}
-data: {datasets: {training: {type: random, num_documents: 50, document_length: 20}, held_out: {type: random}}}
-optimizer: {learning_rate: {base: 0.01, warmup_iterations: 8}}
-model:
-  base_model:
-    vocab_size: 32
-    transformer:
-      {num_layers: 1, hidden_size: 8, num_attention_heads: 2, ffn_hidden_size: 16, gated: yes, add_linear_biases: no,
-       normalization: {type: rms_norm}, rotary: {type: default}}
-run: {experiment_dir: run}
-"""
-
-
-@pytest.fixture(autouse=True)
-def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("train.yaml").write_text(CONFIG)
-
-
-def loaded(*overrides: str) -> Loaded:
-    return load_config(["train.yaml"], overrides)
-
-
-def new_run(*overrides: str) -> Run:
-    config = loaded(*overrides)
-    assert config.architecture is not None
-    return Run(config.train, config.architecture, force=False, console=Console())
+pytestmark = pytest.mark.usefixtures("tiny")
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, iterations: set[int]) -> None:
@@ -132,7 +102,14 @@ def test_an_export_of_other_weights_is_replaced() -> None:
     import shutil
 
     shutil.rmtree("run/checkpoint")
-    assert train(loaded("training.train_iters=4", export, "model.distributed.seed=9")) == 0
+    other = loaded("training.train_iters=4", export, "model.distributed.seed=9")
+    with pytest.raises(UserError, match=r"run belongs to another run.*seed: was 1234, is now 9"):
+        train(other)
+    assert torch.equal(
+        before["model.embed_tokens.weight"],
+        load_file("run/export/llama/4/model.safetensors")["model.embed_tokens.weight"],
+    )
+    assert train(other, force=True) == 0
     after = load_file("run/export/llama/4/model.safetensors")
     assert not torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
     assert torch.equal(
@@ -201,3 +178,57 @@ def test_pretrained_weights_are_needed_once() -> None:
     assert train(loaded("training.train_iters=2", *settings)) == 0
     with pytest.raises(UserError, match="pretrained does not exist"):
         train(loaded("training.train_iters=2", "run.experiment_dir=third"))
+
+
+def test_seconds_of_the_phases_add_up_to_the_run() -> None:
+    evaluators = "training.evaluators={held_out: {interval: 4, evaluator: {iterations: 2}}}"
+    export = "training.export={interval: 6, format: llama}"
+    assert train(loaded("training.logs.interval=4", evaluators, export)) == 0
+    records = [r for r in lines("run/metrics.jsonl") if "evaluator" not in r]
+    events = lines("run/events.jsonl")
+    assert [r["iteration"] for r in records] == [4, 8, 12]
+    for record in records:
+        assert list(record["seconds"]) == list(PHASES)
+        assert all(record["seconds"][phase] > 0 for phase in ("data", "forward", "backward", "optimizer"))
+    happened = [[phase for phase in PHASES[4:7] if r["seconds"][phase] > 0] for r in records]
+    # What is done after a log line belongs to the next: checkpoints 1 3 | 5 7 | 9 11 | 12, exports 6 | 12.
+    assert happened == [["checkpoint"], ["checkpoint", "evaluation", "export"], ["checkpoint", "evaluation"]]
+    assert (events[0]["event"], events[-1]["event"]) == ("started", "finished")
+    assert all(events[-1]["seconds"][phase] > 0 for phase in PHASES[4:7])
+    total = sum(sum(r["seconds"].values()) for r in [*records, events[-1]])
+    assert total == pytest.approx(events[-1]["time"] - events[0]["time"], abs=0.05)
+
+
+def test_what_happens_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, {2})
+    assert train(loaded("training.train_iters=3")) == 0
+    saved = [e for e in lines("run/events.jsonl") if e["event"] == "saved"]
+    assert [e["iteration"] for e in saved] == [1, 3]
+    parameters = json.loads(Path("run/config.json").read_text())["parameters"]
+    # Weights and two moments in fp32, and what describes them.
+    assert all(e["bytes"] > 12 * parameters and e["seconds"] > 0 for e in saved)
+    for manifest in Path("run/checkpoint/3").glob("manifest.json"):
+        manifest.unlink()
+    poison(monkeypatch, {1, 2})
+    with pytest.raises(RunFailed):
+        train(loaded("training.train_iters=5", "training.max_skipped_steps=2"))
+    events = [(e["event"], e["iteration"]) for e in lines("run/events.jsonl")]
+    assert events == [
+        ("started", 0), ("saved", 1), ("skipped", 2), ("saved", 3), ("finished", 3),
+        ("checkpoint_damaged", 3), ("resumed", 1), ("skipped", 2), ("skipped", 3), ("failed", 3),
+    ]  # fmt: skip
+    assert "2 steps in a row were skipped" in lines("run/events.jsonl")[-1]["text"]
+
+
+def test_the_folder_says_what_runs_in_it() -> None:
+    assert train(loaded("training.train_iters=1")) == 0
+    assert train(loaded("training.train_iters=2")) == 0
+    description = json.loads(Path("run/config.json").read_text())
+    # Embedding; q and o; k and v of one group; feed-forward; norms.
+    assert description["parameters"] == 32 * 8 + 2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 16 + 3 * 8
+    assert description["tokens_per_iteration"] == 64
+    assert description["device"] == "cpu"
+    assert description["torch_version"] == torch.__version__
+    assert description["config"]["training"]["train_iters"] == 2
+    assert description["architecture"]["ffn_hidden_size"] == 16
+    assert not list(Path("run").glob("*.tmp"))

@@ -142,6 +142,31 @@ def test_bf16_stays_near_fp32_and_its_master_moves_less_than_bf16_can_show() -> 
     assert all(p.dtype == torch.bfloat16 for p in rounded.model.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("frozen", ["embed_tokens", "layers.0", "lm_head", "mlp", "norm"])
+def test_frozen_weights_stay_and_the_others_have_the_same_gradients(frozen: str, dtype: torch.dtype) -> None:
+    free, half = Setup(dtype), Setup(dtype)
+    names = [name for name in half.weights.master if frozen in name]
+    half.weights.freeze(names)
+    half.optimizer = Optimizer(
+        half.weights.master,
+        weight_decay=0.1,
+        betas=(0.9, 0.95),
+        epsilon=1e-8,
+        scales=dict.fromkeys(names, 0.0),
+    )
+    before = {name: p.detach().clone() for name, p in half.weights.master.items()}
+    a, b = free.step(ragged_batch(), max_norm=0.0), half.step(ragged_batch(), max_norm=0.0)
+    assert a.loss == b.loss
+    moments, expected = half.optimizer.moments(), free.optimizer.moments()
+    for name, parameter in half.weights.master.items():
+        assert torch.equal(parameter, before[name]) == (name in names)
+        if name not in names:
+            torch.testing.assert_close(moments[f"{name}.exp_avg"], expected[f"{name}.exp_avg"])
+    norms = [expected[f"{name}.exp_avg"].double().norm() / 0.1 for name in before if name not in names]
+    assert b.grad_norm == pytest.approx(torch.stack(norms).norm().item(), rel=1e-5)
+
+
 def test_the_step_needs_no_pydantic() -> None:
     """The GPU script runs it where only torch is installed."""
     program = (

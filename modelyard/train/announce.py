@@ -1,0 +1,64 @@
+"""What a run says when it begins and when it ends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from modelyard.train.run import Run
+
+
+def announce(run: Run, remarks: list[str]) -> None:
+    """What is about to be done, before anything is."""
+    config, console = run.config, run.console
+    for remark in remarks:
+        console.line(remark)
+    console.line(
+        f"{run.architecture.parameter_count():,} parameters, {config.model.distributed.training_dtype} on "
+        f"{run.device.type} ({torch.get_num_threads()} threads), {config.batch.tokens:,} tokens an iteration "
+        f"(micro-batches of {config.batch.micro_batch_size})"
+    )
+    for line in run.stream.describe():
+        console.line(line)
+
+
+def say_start(run: Run) -> None:
+    """That the run begins, or where it goes on from."""
+    iteration, train_iters, console = run.progress.iteration, run.config.training.train_iters, run.console
+    forced: dict[str, Any] = {"forced": run.forced} if run.forced else {}
+    if iteration:
+        checkpoint = run.folder / "checkpoint" / str(iteration)
+        run.events.add("resumed", iteration, f"resuming from {checkpoint}", **forced)
+    else:
+        text = f"{run.architecture.parameter_count():,} parameters, {train_iters:,} iterations"
+        run.events.add("started", 0, text, say=False, **forced)
+    if iteration >= train_iters > 0:
+        console.line(
+            f"this run has {iteration} iterations, training.train_iters is {train_iters}: nothing to train"
+        )
+
+
+def farewell(run: Run) -> None:
+    """That the run has come to its end, and where to find what."""
+    console, folder = run.console, run.folder
+    console.stop_bar()
+    if run.config.training.train_iters == 0:
+        text = (
+            f"evaluated; training.train_iters is 0: nothing is trained or saved ({folder / 'metrics.jsonl'})"
+        )
+        say_end(run, "finished", text)
+        return
+    say_end(run, "finished", f"finished {run.progress.iteration} iterations, {run.progress.tokens:,} tokens")
+    console.line(f"  checkpoints  {folder / 'checkpoint'}")
+    board = f", tensorboard --logdir {folder / 'tensorboard'}" if run.config.training.logs.tensorboard else ""
+    console.line(f"  metrics      {folder / 'metrics.jsonl'}{board}")
+    if run.config.training.export.interval:
+        console.line(f"  export       {folder / 'export'}")
+    console.line(f"  try          modelyard generate {folder} --prompt '…'")
+
+
+def say_end(run: Run, event: Literal["stopped", "shutdown", "finished"], text: str, **facts: Any) -> None:
+    """The last event of a run, with the seconds of its phases since the last training record."""
+    run.events.add(event, run.progress.iteration, text, **facts, seconds=run.clock.read())

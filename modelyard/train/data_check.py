@@ -1,0 +1,61 @@
+"""What is looked at in the data before the first step: bytes that changed on the disk, and whose tokens they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from modelyard.config.train import TrainConfig
+from modelyard.data.datasets import stores
+from modelyard.data.store import TokenStore
+from modelyard.data.stream import DataStream
+from modelyard.data.tokenizer_difference import tokenizer_difference
+from modelyard.train.checkpoint import CHECKSUM_LIMIT
+
+
+def stores_read(streams: Sequence[DataStream]) -> list[TokenStore]:
+    """Every token store below `streams`, once."""
+    found = {
+        store.path: store for stream in streams for dataset in stream.datasets for store in stores(dataset)
+    }
+    return list(found.values())
+
+
+def damaged_data(read: Sequence[TokenStore]) -> list[str]:
+    """One line for each file that is not what `prepare` wrote.
+
+    Stores of up to `CHECKSUM_LIMIT` bytes in all are read whole; `modelyard inspect STORE --verify` does it for any.
+    """
+    size = sum(facts["bytes"] for store in read for facts in store.manifest["files"].values())
+    if size > CHECKSUM_LIMIT:
+        return []
+    return [f"{problem}; prepare the data again" for store in read for problem in store.damaged_files()]
+
+
+def foreign_tokenizers(config: TrainConfig, read: Sequence[TokenStore]) -> list[str]:
+    """One line for each tokenizer that is not the one that the data was made with."""
+    made_with = [store.path / "tokenizer" for store in read if (store.path / "tokenizer").is_dir()]
+    if not made_with:
+        return []
+    first, *others = made_with
+    problems = [
+        f"data.datasets: {other.parent} was prepared with another tokenizer than {first.parent} ({reason}); prepare one "
+        "of them again"
+        for other in others
+        if (reason := tokenizer_difference(first, other))
+    ]
+    if config.data.tokenizer.path is not None:
+        named = Path(config.data.tokenizer.path).expanduser()
+        if reason := tokenizer_difference(first, named):
+            problems.append(
+                f"data.tokenizer.path: {named} is another tokenizer than the one that {first.parent} was prepared with "
+                f"({reason}); leave it out, or prepare the data again with it"
+            )
+    if config.pretrained is not None and config.pretrained.model_weights:
+        model = Path(config.pretrained.path).expanduser()
+        if reason := tokenizer_difference(first, model):
+            problems.append(
+                f"pretrained.path: the model in {model} has another tokenizer than the one that {first.parent} was "
+                f"prepared with ({reason}); prepare the data with tokenizer.path: {model}"
+            )
+    return problems
