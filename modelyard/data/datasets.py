@@ -6,7 +6,6 @@ None of them holds anything of the size of the data: opening a store of a billio
 from __future__ import annotations
 
 import hashlib
-import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby
@@ -23,8 +22,9 @@ from modelyard.config.data import (
     RandomDataset,
     SliceDataset,
 )
+from modelyard.data.foreign_file import open_store
 from modelyard.data.order import derive_key, keyed_hash
-from modelyard.data.store import TokenStore, shard_file
+from modelyard.data.store import TokenStore
 from modelyard.errors import UserError
 
 
@@ -37,8 +37,8 @@ class IndexedDataset(Protocol):
     num_tokens: int
     lanes: frozenset[str]
     """Per-token lanes that every document has."""
-    vocab_size: int
-    """One past the largest token that may occur."""
+    vocab_size: int | None
+    """One past the largest token that may occur; None where nothing says so."""
     fingerprint: str
     """Changes with the content."""
     tokenizer_folder: Path | None
@@ -70,18 +70,14 @@ class IndexedDataset(Protocol):
 
 
 class StoredDataset:
-    """A token store on disk (`memmap`).
+    """Prepared tokens on disk (`memmap`): a token store, or what another program has prepared.
 
     Raises:
         UserError: no complete store there, or not of the size that the config says.
     """
 
     def __init__(self, path: Path, num_documents: int | None = None, num_tokens: int | None = None):
-        if not path.exists() and path.with_name(path.name + ".idx").exists():
-            raise UserError(
-                f"{path}.bin/.idx was prepared by another program, which is not read yet; prepare the data again here"
-            )
-        self._store = TokenStore(path)
+        self._store = open_store(path)
         self.name = str(path)
         self.num_documents = self._store.num_documents
         self.num_tokens = self._store.num_tokens
@@ -110,21 +106,8 @@ class StoredDataset:
         return f"document {index} of {self.name}"
 
     def will_need(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Start reading them from disk. Page faults would read one by one, and far too much where read-ahead is large."""
-        if not hasattr(os, "posix_fadvise"):
-            return
-        store = self._store
-        spans = sorted((store.offset(begin), store.offset(end)) for begin, end in ranges)
-        shards = store.manifest["shards"]
-        first = 0  # token
-        for number, shard in enumerate(shards):
-            after = first + shard["tokens"]
-            inside = [
-                (max(begin, first), min(end, after)) for begin, end in spans if begin < after and end > first
-            ]
-            if inside:
-                _advise(store.path / shard_file("tokens", number), first, store.dtype.itemsize, inside)
-            first = after
+        """Start reading them from disk: one by one they would be waited for one by one."""
+        self._store.will_need(ranges)
 
 
 class SlicedDataset:
@@ -179,7 +162,9 @@ class ConcatenatedDatasets:
         self.num_documents = self._first[-1]
         self.num_tokens = self._before[-1]
         self.lanes = frozenset.intersection(*(dataset.lanes for dataset in datasets))
-        self.vocab_size = max(dataset.vocab_size for dataset in datasets)
+        self.vocab_size = max(
+            (dataset.vocab_size for dataset in datasets if dataset.vocab_size is not None), default=None
+        )
         self.tokenizer_folder = next(filter(None, (dataset.tokenizer_folder for dataset in datasets)), None)
         self.fingerprint = _fingerprint("concatenated", *(dataset.fingerprint for dataset in datasets))
 
@@ -235,6 +220,8 @@ class RandomTokens:
     lanes: frozenset[str] = frozenset()
     tokenizer_folder: Path | None = None
 
+    vocab_size: int | None
+
     def __init__(self, name: str, *, num_documents: int, document_length: int, vocab_size: int, seed: int):
         self.name = f"random '{name}'"
         self.num_documents = num_documents
@@ -256,7 +243,7 @@ class RandomTokens:
         """Uniform over the vocabulary."""
         stop = self._length if end is None else end
         counters = np.arange(self.offset(index) + begin, self.offset(index) + stop, dtype=np.uint64)
-        return (keyed_hash(self._key, counters) % np.uint64(self.vocab_size)).astype(np.uint32)
+        return (keyed_hash(self._key, counters) % np.uint64(self.vocab_size or 1)).astype(np.uint32)
 
     def lane(self, name: str, index: int, begin: int = 0, end: int | None = None) -> np.ndarray | None:
         """Random tokens have no lanes."""
@@ -268,6 +255,40 @@ class RandomTokens:
 
     def will_need(self, ranges: Sequence[tuple[int, int]]) -> None:
         """There is nothing to read."""
+
+
+def stores(dataset: IndexedDataset) -> list[TokenStore]:
+    """The token stores that a dataset reads."""
+    if isinstance(dataset, SlicedDataset):
+        return stores(dataset._dataset)
+    if isinstance(dataset, ConcatenatedDatasets):
+        return [store for part in dataset._datasets for store in stores(part)]
+    return (
+        [dataset._store]
+        if isinstance(dataset, StoredDataset) and isinstance(dataset._store, TokenStore)
+        else []
+    )
+
+
+def read_documents(dataset: IndexedDataset, begin: int, end: int, lane: str | None = None) -> np.ndarray:
+    """Tokens of documents `begin:end` one after the other, or their values of a lane that the dataset has.
+
+    One read where they lie together on disk; for passes over much data, where a call for each document would be slow.
+    """
+    if isinstance(dataset, SlicedDataset):
+        return read_documents(dataset._dataset, dataset._first + begin, dataset._first + end, lane)
+    if isinstance(dataset, ConcatenatedDatasets):
+        cut = dataset._cut(begin, end)
+        parts = [read_documents(dataset._datasets[part], first, last, lane) for part, first, last in cut]
+    elif isinstance(dataset, StoredDataset) and isinstance(dataset._store, TokenStore):
+        store, first, after = dataset._store, dataset.offset(begin), dataset.offset(end)
+        found = store.tokens(first, after) if lane is None else store.lane_values(lane, first, after)
+        parts = [found] if found is not None else []
+    elif lane is None:
+        parts = [dataset.document(index) for index in range(begin, end)]
+    else:
+        parts = [values for i in range(begin, end) if (values := dataset.lane(lane, i)) is not None]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.zeros(0, np.uint32)])
 
 
 def open_dataset(
@@ -311,18 +332,6 @@ def open_dataset(
     if not dataset.num_tokens:
         raise UserError(f"{dataset.name} has no tokens ({dataset.num_documents:,} documents)")
     return dataset
-
-
-def _advise(file: Path, first: int, width: int, spans: Sequence[tuple[int, int]]) -> None:
-    """Ask the system to read token spans of a shard that begins at token `first`, `width` bytes each."""
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        for begin, end in spans:
-            os.posix_fadvise(
-                descriptor, (begin - first) * width, (end - begin) * width, os.POSIX_FADV_WILLNEED
-            )
-    finally:
-        os.close(descriptor)
 
 
 def _fingerprint(*parts: str | int) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from tokenizers import Encoding
 
 from modelyard.data.sources import Chunk, RecordError, Source
 from modelyard.data.spans import SpanError, character_mask, token_mask
@@ -62,17 +64,21 @@ def tokenize_chunk(job: Job, chunk: Chunk) -> Tokenized:
             text = clean
             result.repaired += 1
         texts.append(text)
-    encodings = job.tokenizer.encode_batch(texts, parse_special=job.parse_special, offsets=job.spans)
+    encodings: Sequence[Encoding | None] = [None] * len(texts)
+    if job.spans or job.parse_special:
+        encodings = job.tokenizer.encode_batch(texts, parse_special=job.parse_special, offsets=job.spans)
+        all_ids = [np.array(encoding.ids, np.uint32) for encoding in encodings]
+    else:
+        all_ids = job.tokenizer.encode_ids(texts)
     pieces: list[np.ndarray] = []
     masks: list[np.ndarray] = []
     lengths = []
-    for (index, record), encoding in zip(kept, encodings, strict=True):
-        ids = encoding.ids
-        if not ids:
+    for (index, record), ids, encoding in zip(kept, all_ids, encodings, strict=True):
+        if not len(ids):
             result.empty += 1
             continue
         before, after = missing_ends(ids, job.frame)
-        if job.spans:
+        if job.spans and encoding is not None:
             try:
                 characters = character_mask(record.spans, len(record.text))
             except SpanError as error:
@@ -81,17 +87,17 @@ def tokenize_chunk(job: Job, chunk: Chunk) -> Tokenized:
             masks += [characters[:1]] * len(before)
             masks += [token_mask(characters, encoding.offsets)]
             masks += [characters[-1:]] * len(after)
-        pieces.append(np.array([*before, *ids, *after], TOKEN_TYPES[job.dtype]))
-        lengths.append(len(pieces[-1]))
+        pieces += [np.array(before, np.uint32), ids, np.array(after, np.uint32)]
+        lengths.append(len(before) + len(ids) + len(after))
         result.columns.append(record.columns)
     if pieces:
         result.lengths = np.array(lengths, np.int64)
-        result.tokens = np.concatenate(pieces)
+        result.tokens = np.concatenate(pieces, dtype=TOKEN_TYPES[job.dtype], casting="unsafe")
         result.mask = np.concatenate(masks).astype(np.uint8) if job.spans else None
     return result
 
 
-def missing_ends(ids: list[int], frame: DocumentFrame) -> tuple[list[int], list[int]]:
+def missing_ends(ids: Sequence[int] | np.ndarray, frame: DocumentFrame) -> tuple[list[int], list[int]]:
     """The begin and end token that a document still needs, each as a list of at most one.
 
     One that the text brought itself is not doubled; a document of a single token is not both its begin and its end.

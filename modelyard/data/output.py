@@ -1,4 +1,4 @@
-"""The folder that `prepare` makes: complete or absent, and never written over by mistake."""
+"""The folder that `prepare` makes: complete or absent, never written over by mistake, and gone on with after a kill."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelyard.data.store import read_manifest
+from modelyard.data.manifest import read_manifest
+from modelyard.data.store import saved_sizes, write_synced
+from modelyard.data.workers import WorkerKilled
 from modelyard.errors import UserError
-from modelyard.files import disk_full_error, only_one, sync
+from modelyard.files import DISK_FULL, disk_full_error, only_one, replace_text, sync
 
 LOCK = ".lock"
+STATE = "unfinished.json"
+"""How far an unfinished folder has come: everything up to there is on the disk."""
+JOURNAL = ".columns"
+"""Ending of the file that collects a split's columns until they are all there."""
 RECORD = "prepare.json"
 """What an output folder was made from; tells "already there" from "something else is there"."""
 
@@ -73,33 +80,147 @@ def _short(value: Any) -> str:
     return text if len(text) <= 20 else f"{text[:9]}…"
 
 
+@dataclass
+class Output:
+    """The folder beside the output that is written into."""
+
+    folder: Path
+    identity: dict[str, Any]
+    saved: dict[str, Any] | None = None
+    """What `save` was given last by a run that was stopped, when that can be gone on with."""
+    record: dict[str, Any] | None = None
+    """The record of a run that was stopped when all was written."""
+    notice: str | None = None
+    """Why something that was left over is of no use."""
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Note how far the work is; what it counts must be on the disk."""
+        replace_text(self.folder / STATE, json.dumps(state | {"identity": self.identity}))
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Write the record, which makes the content complete, and clear away what was of use until then."""
+        if self.record is None:
+            write_synced(self.folder / RECORD, json.dumps(record, indent=1) + "\n")
+        _clear(self.folder, {RECORD, *record["stores"], *record["files"]})
+
+    @property
+    def resumable(self) -> bool:
+        """Whether another start can go on from here."""
+        return (self.folder / STATE).exists()
+
+
 @contextmanager
-def output_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` to write into; it becomes `output`, whole, when the block ends without an error."""
+def output_folder(output: Path, identity: dict[str, Any], *, overwrite: bool = False) -> Iterator[Output]:
+    """A folder beside `output` to write into; it becomes `output`, whole, when the block ends without an error.
+
+    What an earlier start left there is kept when it was made from the same, `identity`. It also stays when this block is
+    stopped, unless by an error in the input.
+
+    Raises:
+        UserError: it holds work on something else, and `overwrite` is not given.
+    """
     temporary = output.with_name(output.name + ".tmp")
     try:
         temporary.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output_path {output} cannot be made: {error.strerror}") from None
     with only_one(temporary / LOCK, f"another prepare is writing {output} at this moment"):
+        work = _left_over(temporary, identity, overwrite)
         try:
-            for entry in temporary.iterdir():  # left over by one that was killed
-                if entry.is_dir():
-                    shutil.rmtree(entry)
-                elif entry.name != LOCK:
-                    entry.unlink()
-            yield temporary
+            if work.saved is None and work.record is None:
+                _clear(temporary, set())
+            yield work
             (temporary / LOCK).unlink()
             sync(temporary)
             _replace(temporary, output)
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise disk_full_error(error, output) or UserError(
-                f"{error.filename or output}: {error.strerror}"
-            ) from None
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+        except BaseException as error:
+            in_the_input = isinstance(error, UserError) and not isinstance(error, WorkerKilled)
+            kept = work.resumable and not in_the_input
+            if not kept:
+                shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise _explained(error, output, kept) from None
             raise
+
+
+def _explained(error: OSError, output: Path, kept: bool) -> UserError:
+    if kept and error.errno in DISK_FULL:
+        return UserError(
+            f"no space left while writing {output} ({error.strerror}); make room and run the same again: it goes on "
+            "where it was"
+        )
+    return disk_full_error(error, output) or UserError(f"{error.filename or output}: {error.strerror}")
+
+
+def _left_over(folder: Path, identity: dict[str, Any], overwrite: bool) -> Output:
+    """What can be used of a folder that an earlier start was writing."""
+    record, saved = _read_object(folder / RECORD), _read_object(folder / STATE)
+    made_from = saved["identity"] if saved is not None and "identity" in saved else record
+    if made_from is None or (overwrite and _of_something_else(made_from, identity)):
+        return Output(folder, identity)
+    if differences := _of_something_else(made_from, identity):
+        raise UserError(
+            f"{folder} holds unfinished work on something else ({differences}): set that back to go on with it, or start "
+            "over (--overwrite)"
+        )
+    if record is not None and _is_complete(folder, record):
+        return Output(folder, identity, record=record)
+    if saved is None:
+        return Output(folder, identity)
+    if damage := _torn(folder, saved):
+        return Output(folder, identity, notice=f"{damage}; starting over")
+    return Output(folder, identity, saved=saved)
+
+
+def _of_something_else(made_from: dict[str, Any], identity: dict[str, Any]) -> str:
+    """What differs, in words; empty when nothing does. A record has no note of the program."""
+    wanted = {key: value for key, value in identity.items() if key in made_from or key != "program"}
+    found = list(_differences(made_from, wanted))
+    return "; ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def _is_complete(folder: Path, record: dict[str, Any]) -> bool:
+    try:
+        for name in record["stores"]:
+            read_manifest(folder / name)
+        return all((folder / name).is_file() for name in record["files"])
+    except (UserError, KeyError, TypeError):
+        return False
+
+
+def _torn(folder: Path, saved: dict[str, Any]) -> str | None:
+    """Which file is shorter than it was when the state was saved (a crash of the machine, or somebody else)."""
+    sizes: dict[Path, int] = {}
+    for name, store in saved["stores"].items():
+        part = folder / f"{name}.tmp"
+        if (folder / name).is_dir():
+            part = folder / name
+        sizes |= {part / file: size for file, size in saved_sizes(store).items()}
+    sizes |= {folder / f"{name}{JOURNAL}": size for name, size in saved["columns"].items()}
+    for file, size in sizes.items():
+        found = file.stat().st_size if file.is_file() else 0
+        if found < size:
+            return f"{file} has {found:,} bytes, and {size:,} were saved"
+    return None
+
+
+def _read_object(file: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _clear(folder: Path, keep: set[str]) -> None:
+    """Remove all that is not to be kept, the lock aside."""
+    for entry in folder.iterdir():
+        if entry.name in keep or entry.name == LOCK:
+            continue
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def _replace(temporary: Path, output: Path) -> None:

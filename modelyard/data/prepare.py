@@ -2,29 +2,31 @@
 
 Worker processes read chunks of the source and tokenise them; this process takes the results in the source's order,
 deals the documents to the splits and writes. So the stores are the same bytes whatever the number of workers. All is
-written in `<output>.tmp`, which gets its name when it is complete.
+written in `<output>.tmp`, which gets its name when it is complete; where a run was stopped, the next one goes on.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 import yaml
 
 from modelyard.config.prepare import PrepareConfig
+from modelyard.data import sources
 from modelyard.data.columns import ColumnWriter, column_writer
 from modelyard.data.documents import Job, Tokenized, tokenize_chunk
-from modelyard.data.output import RECORD, existing_record, output_folder
+from modelyard.data.output import JOURNAL, Output, existing_record, output_folder
 from modelyard.data.progress import Progress, duration
 from modelyard.data.sources import Source, open_source
 from modelyard.data.splits import deal
@@ -42,6 +44,8 @@ from modelyard.errors import UserError
 
 WHOLE = "data"
 """Folder of the one store when no splits are asked for."""
+SAVE_SECONDS = 10.0
+"""How often it is noted how far the work is, at most: what a kill costs. Noting takes one wait for the disk."""
 COMPRESSED_GROWTH = 3.5
 """Text in a byte of a compressed file, for the disk estimate."""
 CHARACTERS_PER_TOKEN = 5
@@ -95,7 +99,7 @@ def prepare(
         `path`, `config` (the dataset file), `documents`, `tokens`.
 
     Raises:
-        UserError: anything the user has to change; nothing is left behind.
+        UserError: anything the user has to change. What an interruption leaves is gone on with by the next call.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     notices: list[str] = []
@@ -118,18 +122,46 @@ def prepare(
     if not config.dataset.disable_disk_space_check:
         _check_disk(config, job)
     started = time.monotonic()
-    with output_folder(config.output_path) as folder:
-        counts, stores = _write_stores(config, job, folder, workers, report, terminal)
-        files = {_dataset_file(config, name): facts for name, facts in stores.items()}
-        for file, facts in files.items():
-            write_synced(folder / file, yaml.safe_dump(facts, sort_keys=False))
-        record |= {"counts": counts.__dict__, "stores": stores, "files": list(files)}
-        write_synced(folder / RECORD, json.dumps(record, indent=1) + "\n")
+    program = {"chunk_bytes": sources.CHUNK_BYTES, "tokenizers": tokenizers.__version__}
+    with output_folder(config.output_path, record | {"program": program}, overwrite=overwrite) as work:
+        before = _say_what_is_there(work, report)
+        try:
+            if work.record is None:
+                counts, stores = _write_stores(config, job, work, workers, report, terminal)
+                files = {_dataset_file(config, name): facts for name, facts in stores.items()}
+                for file, facts in files.items():
+                    write_synced(work.folder / file, yaml.safe_dump(facts, sort_keys=False))
+                record |= {"counts": asdict(counts), "stores": stores, "files": list(files)}
+            else:
+                record = work.record
+                counts, stores = Counts(**record["counts"]), record["stores"]
+            work.finish(record)
+        except KeyboardInterrupt:
+            if work.resumable:
+                report(
+                    f"what is done so far is kept in {work.folder}: run the same again and it goes on from there"
+                )
+            raise
     seconds = time.monotonic() - started
-    summary = _summary(config, counts.__dict__, stores, already_there=False)
-    for line in _summary_lines(summary, counts, seconds):
+    summary = _summary(config, asdict(counts), stores, already_there=False)
+    for line in _summary_lines(summary, counts, counts.tokens - before, seconds):
         report(line)
     return summary
+
+
+def _say_what_is_there(work: Output, report: Callable[[str], None]) -> int:
+    """A line on what an earlier start left; returns the tokens that are there already."""
+    if work.notice is not None:
+        report(f"note: {work.notice}")
+    there = (work.record or work.saved or {}).get("counts")
+    if there is None:
+        return 0
+    how_far = f"{there['documents']:,} documents, {there['tokens']:,} tokens"
+    if work.record is not None:
+        report(f"an earlier start was stopped when all was written ({how_far}): only its name is missing")
+    else:
+        report(f"going on where an earlier start was stopped: {how_far} are there already")
+    return there["tokens"]
 
 
 def _open(config: PrepareConfig, notices: list[str]) -> tuple[Tokenizer, DocumentFrame, Source]:
@@ -160,24 +192,55 @@ def run_prepare(config: PrepareConfig, *, overwrite: bool = False) -> int:
 def _write_stores(
     config: PrepareConfig,
     job: Job,
-    folder: Path,
+    work: Output,
     workers: int,
     report: Callable[[str], None],
     terminal: bool | None,
 ) -> tuple[Counts, dict[str, dict[str, Any]]]:
-    """Tokenise everything into `folder/<split>`; returns the counts and each split's dataset config."""
+    """Tokenise into `<folder>/<split>` what is not there yet; returns the counts and each split's dataset config."""
     names = list(config.splits) or [WHOLE]
-    counts = Counts()
-    current_file, records_before = -1, 0
+    saved: dict[str, Any] = work.saved or {"stores": {}, "columns": {}}
+    counts = Counts(**saved.get("counts", {}))
+    chunks, done = saved.get("chunks", 0), saved.get("done", 0)
+    current_file, records_before = saved.get("place", (-1, 0))
     with ExitStack() as stack:
-        progress = Progress(job.source.total, report, terminal)
-        writers = [stack.enter_context(_store_writer(config, job, folder / name)) for name in names]
-        columns = [
-            stack.enter_context(column_writer(job.source.fields.columns, writer)) for writer in writers
+        progress = Progress(job.source.total, report, terminal, (done, counts.documents, counts.tokens))
+        writers = [
+            stack.enter_context(_store_writer(config, job, work.folder / name, saved["stores"].get(name)))
+            for name in names
         ]
+        columns = [
+            stack.enter_context(
+                column_writer(
+                    job.source.fields.columns,
+                    writer,
+                    work.folder / f"{name}{JOURNAL}",
+                    saved["columns"].get(name),
+                )
+            )
+            for name, writer in zip(names, writers, strict=True)
+        ]
+
+        def save() -> None:
+            work.save(
+                {
+                    "chunks": chunks,
+                    "done": progress.done,
+                    "place": [current_file, records_before],
+                    "counts": asdict(counts),
+                    "stores": {name: writer.save() for name, writer in zip(names, writers, strict=True)},
+                    "columns": {
+                        name: column.save() for name, column in zip(names, columns, strict=True) if column
+                    },
+                }
+            )
+
         stack.enter_context(progress)
-        results = ordered_map(tokenize_chunk, job, job.source.chunks(), workers)
+        if not (job.spans or job.parse_special):
+            _ = job.tokenizer.pieces  # Made here, so that the workers share it.
+        results = ordered_map(tokenize_chunk, job, islice(job.source.chunks(), chunks, None), workers)
         stack.callback(results.close)
+        saved_at = time.monotonic()
         for chunk, result in results:
             if chunk.file != current_file:
                 current_file, records_before = chunk.file, 0
@@ -190,6 +253,10 @@ def _write_stores(
                 _store(writer, column, result, choice == split)
             counts.add(result)
             progress.update(chunk.weight, len(result.lengths), len(result.tokens))
+            chunks += 1
+            if time.monotonic() - saved_at >= SAVE_SECONDS:
+                save()
+                saved_at = time.monotonic()
         if not counts.documents:
             remarks = f" ({'; '.join(counts.remarks())})" if counts.remarks() else ""
             raise UserError(f"{config.dataset.path}: no documents to prepare{remarks}")
@@ -198,6 +265,7 @@ def _write_stores(
                 f"splits: {counts.documents} documents cannot fill {len(names)} splits; '{missing[0]}' is left empty"
                 + (" (.txt files: see dataset.sample_by)" if config.dataset.path.endswith(".txt") else "")
             )
+        save()
     facts = {
         name: {
             "type": "memmap",
@@ -223,7 +291,7 @@ def _store(writer: StoreWriter, columns: ColumnWriter | None, result: Tokenized,
         columns.add([result.columns[i] for i in np.flatnonzero(chosen)])
 
 
-def _store_writer(config: PrepareConfig, job: Job, path: Path) -> StoreWriter:
+def _store_writer(config: PrepareConfig, job: Job, path: Path, saved: dict[str, Any] | None) -> StoreWriter:
     def token(special: SpecialToken | None) -> dict[str, Any] | None:
         return None if special is None else {"token": special.text, "id": special.id}
 
@@ -242,6 +310,8 @@ def _store_writer(config: PrepareConfig, job: Job, path: Path) -> StoreWriter:
             }
         },
         saving_workers=min(config.saving_workers or available_cores(), available_cores()),
+        saved=saved,
+        keep=True,
     )
 
 
@@ -296,8 +366,9 @@ def _summary(
     return {"output": str(config.output_path), **counts, "splits": splits, "already_there": already_there}
 
 
-def _summary_lines(summary: dict[str, Any], counts: Counts, seconds: float) -> list[str]:
-    speed = counts.tokens / max(seconds, 1e-9)
+def _summary_lines(summary: dict[str, Any], counts: Counts, tokens: int, seconds: float) -> list[str]:
+    """`tokens` are those that this run made."""
+    speed = tokens / max(seconds, 1e-9)
     lines = [
         f"prepared {counts.documents:,} documents, {counts.tokens:,} tokens in {duration(seconds)} ({speed:,.0f} tokens/s)"
     ]
@@ -318,8 +389,10 @@ def _check_disk(config: PrepareConfig, job: Job) -> None:
     place = config.output_path.absolute()
     while not place.exists():
         place = place.parent
+    unfinished = config.output_path.with_name(config.output_path.name + ".tmp")
+    there = sum(file.stat().st_size for file in unfinished.rglob("*") if file.is_file())
     free = shutil.disk_usage(place).free
-    if needed > free:
+    if needed > free + there:
         raise UserError(
             f"{place} has {free / 1e9:.1f} GB free, and the tokens need about {needed / 1e9:.1f} GB; "
             "dataset.disable_disk_space_check: true starts nevertheless"

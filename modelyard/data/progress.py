@@ -18,13 +18,21 @@ class Progress:
         total: sum of the weights that `update` will get.
         report: prints one line; used without a terminal.
         terminal: draw a bar; default: whether standard error is a terminal.
+        before: weight, documents and tokens that an earlier start had done; they count as done, not as speed.
     """
 
-    def __init__(self, total: int, report: Callable[[str], None], terminal: bool | None = None):
+    def __init__(
+        self,
+        total: int,
+        report: Callable[[str], None],
+        terminal: bool | None = None,
+        before: tuple[int, int, int] = (0, 0, 0),
+    ):
         self.total = max(total, 1)
         self.report = report
         self.terminal = sys.stderr.isatty() if terminal is None else terminal
-        self.done = self.documents = self.tokens = 0
+        self.done, self.documents, self.tokens = before
+        self._before = before
         self.started = self._last_line = time.monotonic()
         self._bar: Any = None
 
@@ -60,7 +68,7 @@ class Progress:
         self.documents += documents
         self.tokens += tokens
         now = time.monotonic()
-        speed = self.tokens / max(now - self.started, 1e-9)
+        speed = (self.tokens - self._before[2]) / max(now - self.started, 1e-9)
         if self._bar is not None:
             counts = (
                 f"{short(self.documents)} documents | {short(self.tokens)} tokens | {short(speed)} tokens/s"
@@ -68,7 +76,7 @@ class Progress:
             self._bar.update(self._task, completed=self.done, counts=counts)
         elif now - self._last_line >= LINE_SECONDS:
             self._last_line = now
-            left = (now - self.started) * (self.total - self.done) / max(self.done, 1)
+            left = (now - self.started) * (self.total - self.done) / max(self.done - self._before[0], 1)
             self.report(
                 f"prepare {self.done / self.total:4.0%} | {self.documents:,} documents | {self.tokens:,} tokens | "
                 f"{speed:,.0f} tokens/s | ETA {duration(left)}"

@@ -11,15 +11,17 @@ from modelyard.config.data import (
     DATASET_TYPES,
     BlendedDataset,
     ConcatenatedDataset,
+    ConcatenatedMemmapDataset,
     DatasetConfig,
     FileDataset,
     MemmapDataset,
     SampledDataset,
     SliceDataset,
 )
+from modelyard.config.document import Document
 from modelyard.config.problems import explain
 from modelyard.config.yaml import read_yaml
-from modelyard.errors import UserError
+from modelyard.errors import UserError, missing_path
 
 _ADAPTER: TypeAdapter[DatasetConfig] = TypeAdapter(DatasetConfig)
 
@@ -45,6 +47,8 @@ def _resolve(config: DatasetConfig, base: Path | None, files: tuple[Path, ...]) 
             return _resolve(read_dataset_file(path), path.parent, (*files, path))
         case MemmapDataset():
             return config.model_copy(update={"path": _join(base, config.path)})
+        case ConcatenatedMemmapDataset():
+            return _concatenation(_join(base, config.path))
         case SliceDataset():
             return _slice(_resolve(config.dataset, base, files), config.begin, config.end)
         case SampledDataset():
@@ -66,6 +70,24 @@ def _slice(config: DatasetConfig, begin: float, end: float) -> DatasetConfig:
     return SliceDataset(type="slice", dataset=config, begin=begin, end=end)
 
 
+def _concatenation(folder: Path) -> ConcatenatedDataset:
+    """The prepared files of a folder: those that its index.txt names, else all."""
+    if not folder.is_dir():
+        raise UserError(
+            missing_path(folder) if not folder.exists() else f"{folder} is a file, not a folder of .idx files"
+        )
+    index = folder / "index.txt"
+    if index.is_file():
+        lines = [line.strip() for line in index.read_text(encoding="utf-8").splitlines()]
+        prefixes = [folder / line for line in lines if line]
+    else:
+        prefixes = sorted(path.with_suffix("") for path in folder.glob("*.idx"))
+    if not prefixes:
+        raise UserError(f"{index if index.is_file() else folder} names no prepared files (.idx)")
+    parts: list[DatasetConfig] = [MemmapDataset(type="memmap", path=path) for path in prefixes]
+    return ConcatenatedDataset(type="concatenated", name=str(folder), datasets=parts)
+
+
 def _join(base: Path | None, path: Path) -> Path:
     return path if base is None else base / path
 
@@ -80,10 +102,10 @@ def read_dataset_file(path: Path) -> DatasetConfig:
         raise UserError(f"{path} is a folder, not a dataset file{_instead_of_folder(path)}")
     document = read_yaml(path)
     values: dict[str, Any] = document.values
-    if "config" in values and "type" not in values:
-        raise UserError(
-            f"{path} is a dataset file of a newer program (config:, metadata:), which is not read yet"
-        )
+    if isinstance(values.get("config"), dict) and "type" not in values:
+        # Beside it stands `metadata`: counts, which the data itself has.
+        values, origins = document.take(("config",))
+        document = Document(values, origins, document.name)
     if "type" not in values and _is_prefix_list(values.get("datasets")):
         values = _blend_of_prefixes(values["datasets"])
     try:

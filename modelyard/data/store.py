@@ -1,4 +1,4 @@
-"""The token store: tokens on disk, memory-mapped, with its tokenizer and named per-token lanes.
+"""The token store: tokens on disk, read by position, with its tokenizer and named per-token lanes.
 
 A store is a folder; docs/token-store.md has the format and shows how to read it with numpy alone. `manifest.json` is
 written last, into `<path>.tmp`, which is renamed when everything is synced: a store is complete or it is not there.
@@ -11,33 +11,37 @@ import json
 import os
 import shutil
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from modelyard.errors import UserError, missing_path
+from modelyard.data.manifest import (
+    FORMAT,
+    LANE_TYPES,
+    LENGTH_TYPE,
+    OFFSET_INTERVAL,
+    OFFSET_TYPE,
+    TOKEN_TYPES,
+    VERSION,
+    manifest_checksum,
+    read_manifest,
+    shard_file,
+)
+from modelyard.data.reading import FileArray
+from modelyard.errors import UserError
 from modelyard.files import sha256, sync
 
 MASK_LANE = "loss_mask"
 """Lane of uint8: 1 where a token must not be a target."""
 
-FORMAT = "modelyard-tokens"
-VERSION = 1
-OFFSET_INTERVAL = 256
-"""Documents per entry of `offsets.bin`: a look-up adds up at most this many lengths."""
+_CACHED_BLOCKS = 640
+"""Stretches of the index kept by a store, 2 KB each: those of two blocks of the shuffled order."""
 
 TOKENS_PER_SHARD = 1_000_000_000
-LANE_TYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype("<u1"), "float32": np.dtype("<f4")}
-TOKEN_TYPES: dict[str, np.dtype[Any]] = {
-    "uint8": np.dtype("<u1"),
-    "uint16": np.dtype("<u2"),
-    "uint32": np.dtype("<u4"),
-}
-LENGTH_TYPE = np.dtype("<u4")
-OFFSET_TYPE = np.dtype("<i8")
 
 
 def token_type(vocab_size: int) -> str:
@@ -71,9 +75,17 @@ class TokenStore:
         self._starts = [0]
         for shard in manifest["shards"]:
             self._starts.append(self._starts[-1] + shard["tokens"])
-        self._maps: dict[str, np.ndarray] = {}
-        self._lengths = _map_file(self.path / "lengths.bin", LENGTH_TYPE)
-        self._offsets = _map_file(self.path / "offsets.bin", OFFSET_TYPE)
+        self._files = {
+            name: [
+                FileArray(self.path / shard_file(name, number), dtype, shard["tokens"])
+                for number, shard in enumerate(manifest["shards"])
+            ]
+            for name, dtype in {"tokens": self.dtype, **self._lane_types}.items()
+        }
+        blocks = -(-self.num_documents // OFFSET_INTERVAL)
+        self._lengths = FileArray(self.path / "lengths.bin", LENGTH_TYPE, self.num_documents)
+        self._offsets = FileArray(self.path / "offsets.bin", OFFSET_TYPE, blocks)
+        self._starts_of_block = lru_cache(maxsize=_CACHED_BLOCKS)(self._read_starts)
 
     def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
         return TokenStore, (self.path,)
@@ -85,7 +97,7 @@ class TokenStore:
         """Tokens of each document in `begin:end`, uint32 [end - begin]."""
         if not 0 <= begin <= end <= self.num_documents:
             raise IndexError(f"documents {begin}:{end} of {self.num_documents}")
-        return self._lengths[begin:end]
+        return self._lengths.read(begin, end)
 
     def offset(self, index: int) -> int:
         """Position of document `index`'s first token in the store's token stream; `num_documents` gives the end."""
@@ -93,38 +105,62 @@ class TokenStore:
             raise IndexError(f"document {index} of {self.num_documents}")
         if index == self.num_documents:
             return self.num_tokens
-        block = index // OFFSET_INTERVAL
-        before = self._lengths[block * OFFSET_INTERVAL : index]
-        return int(self._offsets[block]) + int(before.sum(dtype=np.int64))
+        block, place = divmod(index, OFFSET_INTERVAL)
+        return int(self._starts_of_block(block)[place])
 
     def tokens(self, begin: int, end: int) -> np.ndarray:
-        """Tokens `begin:end` of the stream, [end - begin] in the store's dtype; a view unless shards are crossed."""
-        return self._stretch("tokens", self.dtype, begin, end)
+        """Tokens `begin:end` of the stream, [end - begin] in the store's dtype."""
+        return self._stretch("tokens", begin, end)
 
     def document(self, index: int, begin: int = 0, end: int | None = None) -> np.ndarray:
-        """Tokens `begin:end` of document `index`, [end - begin] in the store's dtype; a view of the file."""
-        return self._stretch("tokens", self.dtype, *self._bounds(index, begin, end))
+        """Tokens `begin:end` of document `index`, [end - begin] in the store's dtype."""
+        return self._stretch("tokens", *self._bounds(index, begin, end))
 
     def lane(self, name: str, index: int, begin: int = 0, end: int | None = None) -> np.ndarray | None:
         """Lane `name` of document `index`, [end - begin]; None when the store has no such lane."""
+        return self.lane_values(name, *self._bounds(index, begin, end))
+
+    def lane_values(self, name: str, begin: int, end: int) -> np.ndarray | None:
+        """Lane `name` of tokens `begin:end` of the stream, [end - begin]; None when the store has no such lane."""
         if name not in self._lane_types:
             return None
-        return self._stretch(name, self._lane_types[name], *self._bounds(index, begin, end))
+        return self._stretch(name, begin, end)
+
+    def will_need(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """A hint that the tokens of documents `begin:end` of each range are read soon; changes nothing but speed."""
+        spans = sorted((self.offset(begin), self.offset(end)) for begin, end in ranges)
+        for file, first, after in zip(self._files["tokens"], self._starts, self._starts[1:]):
+            inside = [
+                (max(begin, first) - first, min(end, after) - first)
+                for begin, end in spans
+                if begin < after and end > first
+            ]
+            if inside:
+                file.will_need(inside)
+
+    def damaged_files(self) -> list[str]:
+        """One line for each file whose content is not what manifest.json has the checksum of."""
+        problems = []
+        for name, facts in self.manifest["files"].items():
+            try:
+                if sha256(self.path / name) != facts["sha256"]:
+                    problems.append(
+                        f"{self.path / name} does not have the checksum that manifest.json has for it"
+                    )
+            except OSError as error:
+                problems.append(f"{self.path / name} cannot be read ({error.strerror})")
+        return problems
 
     def verify(self) -> list[str]:
         """Read everything; return what is wrong, one line each (checksums, counts, ids outside the vocabulary)."""
-        problems = []
-        for name, facts in self.manifest["files"].items():
-            if sha256(self.path / name) != facts["sha256"]:
-                problems.append(
-                    f"{self.path / name} does not have the checksum that manifest.json has for it"
-                )
+        problems = self.damaged_files()
         total, step = 0, OFFSET_INTERVAL * 4096
         for begin in range(0, self.num_documents, step):
-            lengths = self._lengths[begin : begin + step].astype(np.int64)
+            lengths = self._lengths.read(begin, min(begin + step, self.num_documents)).astype(np.int64)
             ends = total + np.cumsum(lengths)
             starts = np.concatenate(([total], ends[:-1]))[::OFFSET_INTERVAL]
-            stored = self._offsets[begin // OFFSET_INTERVAL :][: len(starts)]
+            block = begin // OFFSET_INTERVAL
+            stored = self._offsets.read(block, block + len(starts))
             if not np.array_equal(starts, stored):
                 problems.append(
                     f"{self.path / 'offsets.bin'} disagrees with lengths.bin after document {begin}"
@@ -143,30 +179,34 @@ class TokenStore:
     def _bounds(self, index: int, begin: int, end: int | None) -> tuple[int, int]:
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} of {self.num_documents}")
-        length = int(self._lengths[index])
-        end = length if end is None else end
-        if not 0 <= begin <= end <= length:
-            raise IndexError(f"tokens {begin}:{end} of document {index}, which has {length}")
-        first = self.offset(index)
+        block, place = divmod(index, OFFSET_INTERVAL)
+        first, after = self._starts_of_block(block)[place : place + 2].tolist()
+        end = after - first if end is None else end
+        if not 0 <= begin <= end <= after - first:
+            raise IndexError(f"tokens {begin}:{end} of document {index}, which has {after - first}")
         return first + begin, first + end
 
-    def _stretch(self, name: str, dtype: np.dtype, begin: int, end: int) -> np.ndarray:
+    def _read_starts(self, block: int) -> np.ndarray:
+        """First token of each document of an offset block, and one past the last: int64 [documents + 1]."""
+        begin = block * OFFSET_INTERVAL
+        lengths = self._lengths.read(begin, min(begin + OFFSET_INTERVAL, self.num_documents))
+        starts = np.empty(len(lengths) + 1, np.int64)
+        starts[0] = self._offsets.read(block, block + 1)[0]
+        np.cumsum(lengths, dtype=np.int64, out=starts[1:])
+        starts[1:] += starts[0]
+        return starts
+
+    def _stretch(self, name: str, begin: int, end: int) -> np.ndarray:
         if not 0 <= begin <= end <= self.num_tokens:
             raise IndexError(f"tokens {begin}:{end} of {self.num_tokens}")
         shard = min(bisect_right(self._starts, begin), len(self._starts) - 1) - 1
         pieces = []
         while True:
             start, stop = self._starts[shard], self._starts[shard + 1]
-            pieces.append(self._map(name, shard, dtype)[begin - start : min(end, stop) - start])
+            pieces.append(self._files[name][shard].read(begin - start, min(end, stop) - start))
             if end <= stop:
                 return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
             begin, shard = stop, shard + 1
-
-    def _map(self, name: str, shard: int, dtype: np.dtype) -> np.ndarray:
-        file = shard_file(name, shard)
-        if file not in self._maps:
-            self._maps[file] = _map_file(self.path / file, dtype)
-        return self._maps[file]
 
 
 class StoreWriter:
@@ -182,6 +222,8 @@ class StoreWriter:
         tokenizer_files: name → content of what goes into `tokenizer/`.
         description: goes into the manifest under these keys (tokenizer fingerprint, separator, …).
         saving_workers: threads that sync and checksum full shards while the next one is written.
+        saved: what `save` gave to a writer of the same store that was stopped: its documents are there already.
+        keep: leave what was written in `temporary` when the block ends with an error, for `saved`.
     """
 
     def __init__(
@@ -195,6 +237,8 @@ class StoreWriter:
         tokenizer_files: Mapping[str, bytes] | None = None,
         description: Mapping[str, Any] | None = None,
         saving_workers: int = 1,
+        saved: Mapping[str, Any] | None = None,
+        keep: bool = False,
     ):
         self.path = Path(path)
         self.temporary = self.path.with_name(self.path.name + ".tmp")
@@ -214,14 +258,19 @@ class StoreWriter:
         self._open: dict[str, BinaryIO] = {}
         self._finished: dict[str, Future[dict[str, Any]]] = {}
         self._savers = ThreadPoolExecutor(max(1, saving_workers))
+        self._saved = saved
+        self._keep = keep
 
     def __enter__(self) -> StoreWriter:
+        if self._saved is not None:
+            self._go_on(self._saved)
+            return self
         if self.path.exists():
             raise UserError(f"{self.path} already exists; a store is never written over")
         shutil.rmtree(self.temporary, ignore_errors=True)
         self.temporary.mkdir(parents=True)
-        self._lengths = (self.temporary / "lengths.bin").open("wb")
-        self._offsets = (self.temporary / "offsets.bin").open("wb")
+        self._lengths: BinaryIO = (self.temporary / "lengths.bin").open("wb")
+        self._offsets: BinaryIO = (self.temporary / "offsets.bin").open("wb")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
@@ -285,6 +334,56 @@ class StoreWriter:
             self._shards[-1]["tokens"] += until - taken
             begin, taken = stop, until
 
+    def save(self) -> dict[str, Any]:
+        """Wait until all that was appended so far is on the disk; returns what `saved` needs to go on from there."""
+        for name, finished in self._finished.items():
+            if not finished.done():
+                sync(self.temporary / name)
+        for file in (*self._open.values(), self._lengths, self._offsets):
+            file.flush()
+            os.fsync(file.fileno())
+        sync(self.temporary)
+        return {
+            "documents": self.num_documents,
+            "tokens": self.num_tokens,
+            "shards": [dict(shard) for shard in self._shards],
+            "open": bool(self._open),
+            "widths": {name: dtype.itemsize for name, dtype in self._types.items()},
+            "files": {name: future.result() for name, future in self._finished.items() if future.done()},
+        }
+
+    def _go_on(self, saved: Mapping[str, Any]) -> None:
+        """Open the files of a writer that was stopped as they were when it saved; what came later is dropped."""
+        if self.path.exists():  # this store was complete, but not all that belongs with it
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            self.path.rename(self.temporary)
+        sizes = saved_sizes(saved)
+        for entry in self.temporary.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name not in sizes:
+                entry.unlink()
+        self.num_documents, self.num_tokens = saved["documents"], saved["tokens"]
+        self._shards = [dict(shard) for shard in saved["shards"]]
+        self._lengths = self._reopen("lengths.bin", sizes)
+        self._offsets = self._reopen("offsets.bin", sizes)
+        for number in range(len(self._shards)):
+            for name in self._types:
+                file = shard_file(name, number)
+                if saved["open"] and number == len(self._shards) - 1:
+                    self._open[name] = self._reopen(file, sizes)
+                elif facts := saved["files"].get(file):
+                    self._finished[file] = Future()
+                    self._finished[file].set_result(facts)
+                else:
+                    self._finish((self.temporary / file).open("rb"))
+
+    def _reopen(self, name: str, sizes: Mapping[str, int]) -> BinaryIO:
+        file = (self.temporary / name).open("r+b", buffering=1 << 20)
+        file.truncate(sizes[name])
+        file.seek(sizes[name])
+        return file
+
     def include(self, name: str) -> None:
         """Make `name`, which the caller has written into `temporary`, part of the store."""
         self._finish((self.temporary / name).open("rb"))
@@ -344,6 +443,7 @@ class StoreWriter:
             "fingerprint": _fingerprint(files),
             "files": files,
         }
+        manifest["checksum"] = manifest_checksum(manifest)
         write_synced(self.temporary / "manifest.json", json.dumps(manifest, indent=1) + "\n")
         if self._tokenizer_files:
             sync(self.temporary / "tokenizer")
@@ -358,80 +458,22 @@ class StoreWriter:
                 file.close()
             except OSError:  # closing flushes, which fails again on a full disk
                 pass
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        if not self._keep:
+            shutil.rmtree(self.temporary, ignore_errors=True)
 
 
-def _map_file(path: Path, dtype: np.dtype) -> np.ndarray:
-    # A plain array over the mapping: slices of np.memmap itself cost microseconds each.
-    return np.asarray(np.memmap(path, dtype, "r"))
-
-
-def shard_file(name: str, shard: int) -> str:
-    """File of the tokens (`name` "tokens") or of a lane, for one shard."""
-    return f"{name}_{shard:05d}.bin"
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the store at `path`, after checking every file's size against it.
-
-    Raises:
-        UserError: not a store, an unfinished one, or a file is missing or torn; one line per file.
-    """
-    file = path / "manifest.json"
-    if not path.exists():
-        candidates = [folder.with_name(folder.name + ".tmp") for folder in (path, path.parent) if folder.name]
-        unfinished = [str(candidate) for candidate in candidates if candidate.exists()]
-        hint = f" ({unfinished[0]} is an unfinished one; run prepare again)" if unfinished else ""
-        raise UserError(missing_path(path) + hint)
-    if not file.is_file():
-        raise UserError(f"{path} is not a token store: it has no manifest.json")
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file} cannot be read ({error}); prepare the data again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"{file} is not the manifest of a token store")
-    if manifest.get("version") != VERSION:
-        raise UserError(
-            f"{path} has store version {manifest.get('version')}; this program reads version {VERSION}"
-        )
-    try:
-        problems = _problems(path, manifest)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is incomplete or damaged ({type(error).__name__}: {error})") from None
-    if problems:
-        raise UserError(*problems)
-    return manifest
-
-
-def _problems(path: Path, manifest: dict[str, Any]) -> list[str]:
-    if not manifest["documents"] or not manifest["tokens"]:
-        return [f"{path} holds no tokens"]
-    widths = {"tokens": TOKEN_TYPES[manifest["dtype"]].itemsize}
-    widths |= {name: LANE_TYPES[kind].itemsize for name, kind in manifest["lanes"].items()}
-    blocks = -(-manifest["documents"] // manifest["offset_interval"])
-    sizes = {name: facts["bytes"] for name, facts in manifest["files"].items()}
-    expected = {"lengths.bin": 4 * manifest["documents"], "offsets.bin": 8 * blocks}
-    for number, shard in enumerate(manifest["shards"]):
-        expected |= {shard_file(name, number): width * shard["tokens"] for name, width in widths.items()}
-    problems = [
-        f"{path / 'manifest.json'}: {name} should have {size} bytes, but the manifest says {sizes.get(name)}"
-        for name, size in expected.items()
-        if sizes.get(name) != size
-    ]
-    if sum(shard["tokens"] for shard in manifest["shards"]) != manifest["tokens"]:
-        problems.append(f"{path / 'manifest.json'}: the shards do not add up to {manifest['tokens']} tokens")
-    for name, size in sizes.items():
-        try:
-            actual = (path / name).stat().st_size
-        except OSError:
-            problems.append(f"{path / name} is missing; prepare the data again")
-            continue
-        if actual != size:
-            problems.append(
-                f"{path / name} has {actual} bytes, not the {size} of manifest.json: torn or changed"
-            )
-    return problems
+def saved_sizes(saved: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of each data file of a store whose writer's `save` gave `saved`."""
+    blocks = -(-saved["documents"] // OFFSET_INTERVAL)
+    sizes = {
+        "lengths.bin": LENGTH_TYPE.itemsize * saved["documents"],
+        "offsets.bin": OFFSET_TYPE.itemsize * blocks,
+    }
+    for number, shard in enumerate(saved["shards"]):
+        sizes |= {
+            shard_file(name, number): width * shard["tokens"] for name, width in saved["widths"].items()
+        }
+    return sizes
 
 
 def _fingerprint(files: Mapping[str, Mapping[str, Any]]) -> str:

@@ -9,11 +9,12 @@ from pathlib import Path
 from queue import Queue
 from threading import Event, Lock, Thread
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from modelyard.config.data import BlendedDataset, DatasetConfig, SampledDataset, SamplingConfig
 from modelyard.data.blend import Blend
 from modelyard.data.datasets import IndexedDataset, open_dataset
+from modelyard.data.layout import Layout, lay_out
 from modelyard.data.order import DocumentOrder, derive_key
 from modelyard.data.resolve import resolve
 from modelyard.data.rows import CutRows, Piece, Rows, WholeRows
@@ -36,7 +37,7 @@ class BatchShape(Protocol):
     @property
     def cross_document_attention(self) -> bool: ...
     @property
-    def use_loss_masking_spans(self) -> bool: ...
+    def use_loss_masking_spans(self) -> bool | Literal["auto"]: ...
 
 
 class DataStream:
@@ -97,23 +98,37 @@ class DataStream:
 
     def rows(self, begin: int, end: int) -> Batch:
         """Rows `begin:end` of the stream, for instance one process's share of a batch."""
+        return self._assemble(self.pieces(begin, end))
+
+    def pieces(self, begin: int, end: int) -> list[tuple[IndexedDataset, list[Piece]]]:
+        """Which documents rows `begin:end` are made of: for each its dataset (one of `datasets`), and the pieces in order."""
         with self._lock:
             located = [self._tree.locate(index) for index in range(begin, end)]
-            pieces = [(leaf.rows.dataset, leaf.rows.row(index)) for leaf, index in located]
-        return self._assemble(pieces)
+            return [(leaf.rows.dataset, leaf.rows.row(index)) for leaf, index in located]
+
+    @property
+    def datasets(self) -> list[IndexedDataset]:
+        """What is read, in the order of `statistics()["datasets"]`."""
+        return [leaf.rows.dataset for leaf in self._leaves]
 
     def _assemble(self, pieces: Sequence[tuple[IndexedDataset, Sequence[Piece]]]) -> Batch:
         from modelyard.data.batch import (
             assemble,  # torch: a stream is opened without it to see what the data is
         )
 
-        return assemble(
-            pieces,
-            sequence_length=self._batch.sequence_length,
-            vocab_size=self._vocab_size,
-            isolate=not self._batch.cross_document_attention,
-            mask=self._batch.use_loss_masking_spans,
-        )
+        return assemble(pieces, **self._layout_options())
+
+    def layout(self, pieces: Sequence[tuple[IndexedDataset, Sequence[Piece]]]) -> Layout:
+        """The arrays of the batch that these rows make: what `rows` gives, without torch."""
+        return lay_out(pieces, **self._layout_options())
+
+    def _layout_options(self) -> dict[str, Any]:
+        return {
+            "sequence_length": self._batch.sequence_length,
+            "vocab_size": self._vocab_size,
+            "isolate": not self._batch.cross_document_attention,
+            "mask": bool(self._batch.use_loss_masking_spans),
+        }
 
     @property
     def tokenizer_folder(self) -> Path | None:
@@ -215,7 +230,7 @@ class DataStream:
         dataset = open_dataset(
             config, vocab_size=self._vocab_size, sequence_length=length, seed=sampling.seed
         )
-        if self._batch.use_loss_masking_spans and MASK_LANE not in dataset.lanes:
+        if self._batch.use_loss_masking_spans is True and MASK_LANE not in dataset.lanes:
             raise UserError(
                 f"{dataset.name} has no loss mask, but batch.use_loss_masking_spans is set: "
                 "prepare it with dataset.loss_masking_spans"

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,8 @@ import numpy as np
 from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
+from modelyard.config.huggingface import pointer_problem
+from modelyard.data.pieces import Pieces
 from modelyard.errors import UserError, did_you_mean, missing_path
 
 TOKENIZER_FILES = (
@@ -109,6 +112,23 @@ class Tokenizer:
         encode = self.backend.encode_batch if offsets else self.backend.encode_batch_fast
         return encode(list(texts), add_special_tokens=False)
 
+    @cached_property
+    def pieces(self) -> Pieces | None:
+        """What makes `encode_ids` fast; None where the tokenizer works otherwise."""
+        return Pieces.of(self.backend, self.encode_batch)
+
+    def encode_ids(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of many texts, special-token strings being text: uint32 [tokens] each.
+
+        The ids of `encode_batch`, faster where the tokenizer allows; for passes over much text.
+        """
+        if self.pieces is not None:
+            return self.pieces.encode(texts)
+        return [np.array(encoding.ids, np.uint32) for encoding in self.encode_batch(texts)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "pieces"}
+
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special: bool = False) -> str:
         """The text of token ids; special tokens are written out unless `skip_special`."""
         return self.backend.decode([int(token) for token in ids], skip_special_tokens=skip_special)
@@ -140,6 +160,9 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     folder = _folder(str(path))
     file = folder / "tokenizer.json"
     model = folder / "tokenizer.model"
+    for either in (file, model):
+        if either.is_file() and (problem := pointer_problem(either)):
+            raise UserError(problem)
     if file.is_file():
         try:
             backend = Backend.from_file(str(file))

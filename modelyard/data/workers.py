@@ -16,6 +16,11 @@ from typing import Any, TypeVar
 
 from modelyard.errors import UserError
 
+
+class WorkerKilled(UserError):
+    """A worker process is gone: nothing is wrong with the input, so what was done so far can be gone on with."""
+
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -37,7 +42,7 @@ def ordered_map(
     process is gone, also when it was killed.
 
     Raises:
-        UserError: a worker was killed. Whatever `function` raises is raised here, in its place in the order.
+        WorkerKilled: a worker was killed. Whatever `function` raises is raised here, in its place in the order.
     """
     if workers == 1:
         for item in items:
@@ -57,7 +62,7 @@ def ordered_map(
             first, future = waiting.popleft()
             yield first, future.result()
     except BrokenProcessPool:
-        raise UserError(
+        raise WorkerKilled(
             "a worker process was killed: out of memory? Use fewer workers, or cut the largest documents"
         ) from None
     finally:

@@ -400,7 +400,10 @@ def test_too_little(tmp_path, write_jsonl, tokenizer_folder, texts, options, mes
 # the output folder
 
 
-def test_again_is_already_there_and_something_else_is_refused(tmp_path, texts_file, tokenizer_folder):
+def test_again_is_already_there_and_something_else_is_refused(
+    tmp_path, texts_file, tokenizer_folder, monkeypatch
+):
+    monkeypatch.setattr(prepare_module, "available_cores", lambda: 2)
     cfg = config(tmp_path, texts_file, tokenizer_folder, splits={"training": 0.9, "validation": 0.1})
     first = make(cfg)
     before = checksums(tmp_path / "out")
@@ -451,7 +454,7 @@ def test_damaged_output_is_not_already_there(tmp_path, texts_file, tokenizer_fol
 def test_two_at_once_are_refused(tmp_path, texts_file, tokenizer_folder):
     code = (
         "import sys; from pathlib import Path; from modelyard.data.output import output_folder\n"
-        "with output_folder(Path(sys.argv[1])): print('writing', flush=True); sys.stdin.read()"
+        "with output_folder(Path(sys.argv[1]), {}): print('writing', flush=True); sys.stdin.read()"
     )
     arguments = [sys.executable, "-c", code, str(tmp_path / "out")]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:

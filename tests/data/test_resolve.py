@@ -107,7 +107,7 @@ def test_the_same_file_twice_is_no_circle(tmp_path):
             "type: blended\nweights: [1]\ndatasets: [{type: random}, {type: random}]\n",
             r"1 weights for 2 datasets",
         ),
-        ("config: {type: memmap}\nmetadata: {}\n", r"dataset file of a newer program"),
+        ("config: {type: memmap}\nmetadata: {}\n", r"bad\.yaml.*path is missing"),
         ("training: {iterations: 3}\n", r"a dataset needs a type"),
         ("- a\n", r"bad\.yaml:1: found a list"),
     ],

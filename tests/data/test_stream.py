@@ -202,6 +202,28 @@ def test_problems_of_a_whole_tree_come_together(store, others, tmp_path):
     assert sum("does not exist" in line for line in caught.value.problems) == 1
 
 
+def test_masks_where_there_are_some(store, others):
+    """`auto`: a store with a mask as with `yes`, one without as with `no`, side by side in one dataset as well."""
+
+    def labels(*paths, spans):
+        parts = [{"type": "memmap", "path": str(path)} for path in paths]
+        stream = open_stream(
+            {"type": "concatenated", "datasets": parts},
+            use_loss_masking_spans=spans,
+            cross_document_attention=False,
+        )
+        return [label for batch in stream.one_pass() for label in batch.labels.flatten().tolist()]
+
+    assert labels(store, spans="auto") == labels(store, spans=True) != labels(store, spans=False)
+    assert labels(others[2], spans="auto") == labels(others[2], spans=False)
+    both = labels(store, others[2], spans="auto")
+    # Every document once: 12 documents of 17 tokens "2" without a mask, and the targets that the mask leaves.
+    assert sum(label >= 0 for label in both) < sum(
+        label >= 0 for label in labels(store, others[2], spans=False)
+    )
+    assert sum(label == 2 for label in both) >= 12 * 15
+
+
 def test_vocabulary_too_small(store):
     with pytest.raises(UserError, match=rf"{store} was prepared with a tokenizer of 1,000 tokens"):
         open_stream({"type": "memmap", "path": str(store)}, vocab_size=300)
