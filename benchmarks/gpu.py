@@ -4,14 +4,18 @@
     python benchmarks/gpu.py --cpu      the same code at toy sizes on the CPU, to see that the script works
 
 Equality: attention (flash, variable length) against the dense reference; cross-entropy fused against plain; a bf16
-step against fp32; a run continued against one never stopped. Speed: a whole bf16 training step of the 1B and 8B
-shapes (fewer layers, so that optimizer state fits), as MFU in both conventions.
+run against fp32; compiled blocks against eager ones; two runs from one seed. A short real run: this interpreter's
+standard library, byte by byte. Speed: a whole bf16 training step of the 1B and 8B shapes (fewer layers, so that
+optimizer state fits), eager and compiled, as MFU in both conventions, beside the device's own matrix multiply.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
 import sys
+import sysconfig
 import time
 import traceback
 from collections.abc import Callable
@@ -23,15 +27,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import write_result
-from benchmarks.train_step import batch_of
+from benchmarks.contenders import Case
+from benchmarks.floor import matmul_peak
 from modelyard.config.architecture import Architecture, Rotary
+from modelyard.data.batch import Batch
 from modelyard.loss.cross_entropy import linear_cross_entropy
 from modelyard.model.attention import attend
+from modelyard.model.compile import compile_blocks
 from modelyard.model.decoder import Decoder
 from modelyard.model.init import InitStd, initialize
 from modelyard.train.metrics import peak_flops, utilization
 from modelyard.train.optimizer import Optimizer
-from modelyard.train.step import LossOptions, train_step
+from modelyard.train.step import LossOptions, loss_sum, train_step
 from modelyard.train.weights import Weights
 
 LLAMA3 = Rotary("llama3", 500_000.0)
@@ -89,10 +96,15 @@ def check_cross_entropy(device: torch.device) -> str:
 class Trainer:
     """A model and everything to train it on random tokens."""
 
-    def __init__(self, shape: Architecture, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, shape: Architecture, dtype: torch.dtype, device: torch.device, *, compiled: bool = False
+    ):
         with torch.device("meta"):
             model = Decoder(shape)
         self.model = model.to_empty(device=device)
+        if compiled:
+            # The rehearsal must not need a C++ compiler.
+            compile_blocks(self.model, backend="inductor" if device.type == "cuda" else "aot_eager")
         initialize(self.model, 0, InitStd.for_architecture(shape))
         self.weights = Weights(self.model, dtype)
         self.weights.publish()
@@ -117,7 +129,7 @@ class Trainer:
 
 def check_bf16_run(device: torch.device) -> str:
     """20 steps in bf16 follow fp32 and learn the batch."""
-    batch = batch_of(4, 128, TINY.vocab_size)
+    batch = Case("", vocabulary=TINY.vocab_size, rows=4, sequence=128).batch()
     curves = []
     for dtype in (torch.float32, torch.bfloat16):
         trainer = Trainer(TINY, dtype, device)
@@ -128,9 +140,51 @@ def check_bf16_run(device: torch.device) -> str:
     return f"loss {curves[1][0]:.3f} to {curves[1][-1]:.3f}, at most {gap:.4f} from fp32"
 
 
+def check_compiled(device: torch.device) -> str:
+    """Ten steps with compiled blocks follow ten eager ones."""
+    batch = Case("", vocabulary=TINY.vocab_size, rows=4, sequence=128, documents=3).batch()
+    curves = []
+    for compiled in (False, True):
+        trainer = Trainer(TINY, torch.float32, device, compiled=compiled)
+        curves.append([trainer.step(batch, 2) for _ in range(10)])
+    gap = max(abs(a - b) / abs(a) for eager, other in zip(*curves) for a, b in zip(eager, other))
+    assert gap < 1e-3, f"loss or gradient norm off by {gap:.1e}"
+    return f"loss and gradient norm at most {gap:.1e} apart (limit 1e-3)"
+
+
+def check_real_text(device: torch.device) -> str:
+    """A small model learns the interpreter's standard library byte by byte, in bf16; a held-out part is the measure."""
+    steps, rows, sequence = (300, 16, 512) if device.type == "cuda" else (30, 2, 128)
+    shape = Architecture(256, 256, 4, 4, 2, 64, 704, rotary=LLAMA3)
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    text = torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in files)[:4_000_000]), dtype=torch.uint8)
+    cut = len(text) - len(text) // 20
+    shares = torch.bincount(text[:cut].long(), minlength=256).float().add(1e-3)
+    unigram = -(shares / shares.sum()).log()[text[cut:].long()].mean().item()
+
+    def batch(part: torch.Tensor, seed: int) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
+        starts = torch.randint(len(part) - sequence - 1, (rows, 1), generator=generator)
+        tokens = part[starts + torch.arange(sequence + 1)].long()
+        empty = Case("", vocabulary=256, rows=rows, sequence=sequence).batch()
+        return dataclasses.replace(
+            empty, input_ids=tokens[:, :-1].contiguous(), labels=tokens[:, 1:].contiguous()
+        )
+
+    trainer = Trainer(shape, torch.bfloat16, device)
+    for step in range(steps):
+        trainer.step(batch(text[:cut], step), rows)
+    held_out = batch(text[cut:], 0).to(device)
+    with torch.no_grad():
+        loss = loss_sum(trainer.model, held_out, LossOptions()).item() / held_out.num_targets
+    assert math.isfinite(loss), f"the held-out loss is {loss}"
+    assert loss < unigram - 0.2, f"{loss:.3f} nats a byte, {unigram:.3f} without context"
+    return f"{loss:.3f} nats a byte held out after {steps} steps, {unigram:.3f} without context"
+
+
 def check_repeatable(device: torch.device) -> str:
     """Two runs from one seed: initial weights and first loss to the bit; later losses as close as the kernels allow."""
-    batch = batch_of(4, 128, TINY.vocab_size)
+    batch = Case("", vocabulary=TINY.vocab_size, rows=4, sequence=128).batch()
     curves = []
     for _ in range(2):
         trainer = Trainer(TINY, torch.bfloat16, device)
@@ -142,11 +196,11 @@ def check_repeatable(device: torch.device) -> str:
 
 
 def benchmark_step(
-    device: torch.device, shape: Architecture, rows: int, sequence: int, steps: int = 6
+    device: torch.device, shape: Architecture, rows: int, sequence: int, *, compiled: bool, steps: int = 8
 ) -> dict[str, Any]:
     """Median time of a whole bf16 step, with MFU where the chip's peak is known."""
-    trainer = Trainer(shape, torch.bfloat16, device)
-    batch = batch_of(rows, sequence, shape.vocab_size)
+    trainer = Trainer(shape, torch.bfloat16, device, compiled=compiled)
+    batch = Case("", vocabulary=shape.vocab_size, rows=rows, sequence=sequence).batch()
     times = []
     for _ in range(steps):
         begin = time.perf_counter()
@@ -177,7 +231,9 @@ def main() -> int:
         check_attention,
         check_cross_entropy,
         check_bf16_run,
+        check_compiled,
         check_repeatable,
+        check_real_text,
     ]
     for check in checks:
         try:
@@ -202,26 +258,33 @@ def main() -> int:
     }
     if options.cpu:
         cases = {"toy": (TINY, 2, 64)}
+    peak = matmul_peak(torch.bfloat16, 8192 if device.type == "cuda" else 256, device)
+    print(f"matrix multiply, bf16: {peak / 1e12:.3g} TFLOP/s", flush=True)
+    results["matmul_flops"] = peak
     for name, (shape, rows, sequence) in cases.items():
-        try:
-            row = benchmark_step(device, shape, rows, sequence)
-            mfu = (
-                f"MFU {row['mfu_causal']:.1%} causal, {row['mfu_full']:.1%} full"
-                if "mfu_causal" in row
-                else "MFU unknown"
-            )
-            print(f"{name:<30} {row['tokens_per_second']:>9,.0f} tokens/s  {mfu}  {row['memory_gib']:.1f} GiB  "
-                  f"loss {row['loss']:.2f}  grad norm {row['grad_norm']:.2f}", flush=True)  # fmt: skip
-            results["benchmarks"][name] = row
-        except Exception:
-            failed += 1
-            print(f"{name:<30} FAIL {traceback.format_exc(limit=-1).strip().splitlines()[-1]}", flush=True)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        for compiled in (False, True):
+            label = f"{name}, {'compiled' if compiled else 'eager'}"
+            try:
+                row = benchmark_step(device, shape, rows, sequence, compiled=compiled)
+                mfu = (
+                    f"MFU {row['mfu_causal']:.1%} causal, {row['mfu_full']:.1%} full"
+                    if "mfu_causal" in row
+                    else "MFU unknown"
+                )
+                print(f"{label:<40} {row['tokens_per_second']:>9,.0f} tokens/s  {mfu}  {row['memory_gib']:.1f} GiB  "
+                      f"loss {row['loss']:.2f}  grad norm {row['grad_norm']:.2f}", flush=True)  # fmt: skip
+                results["benchmarks"][label] = row
+            except Exception:
+                failed += 1
+                print(
+                    f"{label:<40} FAIL {traceback.format_exc(limit=-1).strip().splitlines()[-1]}", flush=True
+                )
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
     if not options.cpu:
         print(f"wrote {write_result('gpu', results)}")
-    print(f"{len(checks) + len(cases) - failed} passed, {failed} failed")
+    print(f"{len(checks) + 2 * len(cases) - failed} passed, {failed} failed")
     return 1 if failed else 0
 
 

@@ -1,171 +1,217 @@
-"""How fast is one training step, against transformers' Llama in a plain, well-written PyTorch loop?
+"""How fast is a training step, and how much memory does it hold, against the programs that users would pick instead?
 
-Same shape, weights' size, data, dtype, threads and optimizer, in one process, alternating; the median of the rounds
-counts. Prints tokens/s, their ratio, the share of the machine's own matrix-multiply speed, and both losses and
-gradient norms (a step that does not train is fast). Writes `benchmarks/results/train_step.json`.
+Ours (eager, and with `training.compile: yes`) against transformers' `LlamaForCausalLM` and litgpt's `GPT`, each in a
+plain, well-written PyTorch loop, eager and compiled: same weights, batch, dtype, threads and optimizer. Every program
+has a process of its own; they step in turn, never at once; the median of the rounds counts. The first step's loss and
+gradient norm must agree, or the comparison is refused: a step that does not train is fast.
 
-    python benchmarks/train_step.py [--rounds 5] [--vocab 32000] [--layers 8] [--hidden 512] [--dtype float32]
+Prints for each case tokens/s, the ratio of our faster form to each peer's faster form, the share of the machine's own
+matrix-multiply speed, peak memory above what the imports hold, and the floor: the step's matrix products measured alone,
+and those with attention and optimizer. `--parts` says where our time goes. Writes `benchmarks/results/train_step.json`.
+
+    python benchmarks/train_step.py                         every case, about an hour on 2 cores
+    python benchmarks/train_step.py --only 32k-512 --rounds 5
+    python benchmarks/train_step.py --only 32k-512 --parts
+
+litgpt is compared where it is installed (`pip install litgpt`), and left out, saying so, where it is not.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import multiprocessing
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import write_result
-from modelyard.config.architecture import Architecture, Rotary
-from modelyard.data.batch import Batch
-from modelyard.model.decoder import Decoder
-from modelyard.model.init import InitStd, initialize
-from modelyard.train.optimizer import Optimizer
-from modelyard.train.step import LossOptions, train_step
-from modelyard.train.weights import DTYPES, Weights
+from benchmarks.contenders import NAMES, Case, Contender, build, can_run, installed
+from benchmarks.floor import floor
+
+PEERS = ("transformers", "litgpt")
 
 
-def batch_of(rows: int, sequence: int, vocabulary: int) -> Batch:
-    tokens = torch.randint(vocabulary, (rows, sequence + 1), generator=torch.Generator().manual_seed(0))
-    positions = torch.arange(sequence).expand(rows, -1)
-    cu_seqlens = torch.tensor([[0, sequence]], dtype=torch.int32).expand(rows, -1)
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), positions, cu_seqlens)
+def cases(threads: int) -> dict[str, Case]:
+    """By name: vocabulary, sequence length, `packed` for 16 isolated documents a row, `bf16`."""
+    found = {}
+    for dtype, suffix in (("float32", ""), ("bfloat16", "-bf16")):
+        for vocabulary, short in ((32_000, "32k"), (128_256, "128k")):
+            for rows, sequence in ((4, 512), (1, 2048)):
+                case = Case("", dtype, vocabulary, rows, sequence, threads=threads)
+                found[f"{short}-{sequence}{suffix}"] = case
+        packed = Case("", dtype, 32_000, 1, 2048, documents=16, threads=threads)
+        found[f"32k-2048-packed{suffix}"] = packed
+    return found
 
 
-def ours(shape: Architecture, batch: Batch, dtype: torch.dtype) -> Callable[[], tuple[float, float]]:
-    model = Decoder(shape)
-    initialize(model, 0, InitStd.for_architecture(shape))
-    weights = Weights(model, dtype)
-    optimizer = Optimizer(weights.master, weight_decay=0.1, betas=(0.9, 0.95), epsilon=1e-8)
+def compare(case: Case, peer: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Our two forms and the peer's two, stepping in turn: seconds (median), loss, grad_norm, peak_bytes."""
+    names = [name for name in NAMES if name.split()[0] in ("modelyard", peer)]
+    contenders = {name: Contender(dataclasses.replace(case, contender=name)) for name in names}
+    try:
+        first = {name: contender.ask("warm up") for name, contender in contenders.items()}
+        for name, answer in first.items():
+            for key in ("loss", "grad_norm"):
+                reference = first["modelyard"][key]
+                if abs(answer[key] - reference) > (2e-4 if case.dtype == "float32" else 2e-2) * abs(
+                    reference
+                ):
+                    raise RuntimeError(
+                        f"{name} computes something else: {key} {answer[key]}, ours {reference}"
+                    )
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(rounds):
+            for name, contender in contenders.items():
+                seconds[name].append(contender.ask("step")["seconds"])
+        return {
+            name: {
+                "seconds": statistics.median(seconds[name]),
+                "fastest": min(seconds[name]),
+                "loss": first[name]["loss"],
+                "grad_norm": first[name]["grad_norm"],
+                **contenders[name].ask("memory"),
+            }
+            for name in names
+        }
+    finally:
+        for contender in contenders.values():
+            contender.close()
 
-    def step() -> tuple[float, float]:
-        result = train_step(
-            model,
-            weights,
-            optimizer,
-            batch,
-            learning_rate=1e-4,
-            micro_batch_size=len(batch),
-            max_norm=1.0,
-            loss_options=LossOptions(),
-            device=torch.device("cpu"),
-        )
-        return result.loss, result.grad_norm
 
-    return step
+def _floor_into(queue: Any, case: Case) -> None:
+    queue.put(floor(case))
 
 
-def theirs(shape: Architecture, batch: Batch, dtype: torch.dtype) -> Callable[[], tuple[float, float]]:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def floor_of(case: Case) -> dict[str, float]:
+    """`floor`, in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_floor_into, args=(queue, case))
+    process.start()
+    found = queue.get()
+    process.join()
+    return found
 
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=shape.vocab_size,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.ffn_hidden_size,
-            num_hidden_layers=shape.num_layers,
-            num_attention_heads=shape.num_attention_heads,
-            num_key_value_heads=shape.head_groups,
-            head_dim=shape.head_size,
-            tie_word_embeddings=shape.tie_word_embeddings,
-            attn_implementation="sdpa",
-            use_cache=False,
-        )
+
+def report(name: str, case: Case, peers: list[str], rounds: int) -> dict[str, Any]:
+    """Measure one case and print its table."""
+    shape = case.architecture()
+    print(f"\n{name}: {shape.parameter_count():,} parameters, {case.rows} x {case.sequence} tokens"
+          f"{f' in {case.documents} documents a row' if case.documents > 1 else ''}, {case.dtype}, "
+          f"{case.threads} threads", flush=True)  # fmt: skip
+    least = floor_of(case)
+    products = least["blocks' products"] + least["head's products"]
+    whole = products + least["attention"] + least["optimizer"]
+    causal = shape.attention_flops_per_token(case.sequence // case.documents, causal=True)
+    flops = case.tokens * (shape.matmul_flops_per_token() + causal)
+    result: dict[str, Any] = {"case": dataclasses.asdict(case), "floor": least, "peers": {}}
+    print(f"  matrix multiply {least['matmul_peak'] / 1e9:,.0f} GFLOP/s; floor: products {products:.3f} s, with "
+          f"attention and optimizer {whole:.3f} s")  # fmt: skip
+    print(
+        f"  {'':<22} {'tokens/s':>9} {'s/step':>7} {'of peak':>8} {'/ floor':>8} {'peak MiB':>9}   loss, norm"
     )
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-    )
+    for peer in peers:
+        rows = compare(case, peer, rounds)
+        for who, row in rows.items():
+            print(f"  {who:<22} {case.tokens / row['seconds']:>9,.0f} {row['seconds']:>7.3f} "
+                  f"{flops / row['seconds'] / least['matmul_peak']:>8.0%} {row['seconds'] / whole:>8.2f} "
+                  f"{row['peak_bytes'] / 2**20:>9,.0f}   {row['loss']:.4f}, {row['grad_norm']:.3f}")  # fmt: skip
+        ours = min(
+            (row for who, row in rows.items() if who.startswith("modelyard")), key=lambda r: r["seconds"]
+        )
+        theirs = min((row for who, row in rows.items() if who.startswith(peer)), key=lambda r: r["seconds"])
+        speed = theirs["seconds"] / ours["seconds"]
+        eager = rows[peer]["seconds"] / rows["modelyard"]["seconds"]
+        memory = ours["peak_bytes"] / min(
+            row["peak_bytes"] for who, row in rows.items() if who.startswith(peer)
+        )
+        print(f"  against {peer}'s faster form: {speed:.2f} times as fast (eager to eager {eager:.2f}), "
+              f"{memory:.2f} of its least memory", flush=True)  # fmt: skip
+        result["peers"][peer] = {"speed": speed, "speed_eager": eager, "memory": memory, "rows": rows}
+    return result
 
-    def step() -> tuple[float, float]:
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            logits = model(input_ids=batch.input_ids).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten())
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item(), norm.item()
 
-    return step
+# --- where our time goes --------------------------------------------------------------------------------------------
+
+_PART_OF = (
+    ("flash_attention", "attention"),
+    ("fused_adamw", "optimizer"),
+    ("aten::mm", "products"),
+    ("aten::addmm", "products"),
+    ("aten::bmm", "products"),
+    ("CompiledFxGraph", "compiled: norms, rotary, activation, sums"),
+)
 
 
-def matmul_flops(dtype: torch.dtype, size: int = 2048) -> float:
-    """FLOP/s of this machine's square matrix product, the best of five."""
-    a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
-    a @ b
-    best = 0.0
-    for _ in range(5):
-        begin = time.perf_counter()
-        a @ b
-        best = max(best, 2 * size**3 / (time.perf_counter() - begin))
-    return best
+def parts(case: Case) -> dict[str, float]:
+    """Seconds of one of our steps by part, as torch's profiler sees them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.set_num_threads(case.threads)
+    step = build(case)
+    step()
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        step()
+    found: dict[str, float] = {}
+    for event in profiler.key_averages():
+        part = next(
+            (part for sign, part in _PART_OF if sign in event.key), "everything else between the products"
+        )
+        found[part] = found.get(part, 0.0) + event.self_cpu_time_total / 1e6
+    return found
+
+
+def print_parts(case: Case) -> None:
+    least = floor_of(case)
+    floors = {
+        "products": least["blocks' products"] + least["head's products"],
+        "attention": least["attention"],
+        "optimizer": least["optimizer"],
+    }
+    for contender in ("modelyard", "modelyard compiled"):
+        found = parts(dataclasses.replace(case, contender=contender))
+        print(f"\n{contender:<44} {'time':>8} {'floor':>8} {'gap':>8}   [s]")
+        for part, seconds in sorted(found.items(), key=lambda item: -item[1]):
+            bound = floors.get(part, 0.0)
+            print(f"  {part:<42} {seconds:>8.3f} {bound:>8.3f} {seconds - bound:>8.3f}")
+        total, bound = sum(found.values()), sum(floors.values())
+        print(f"  {'the step':<42} {total:>8.3f} {bound:>8.3f} {total - bound:>8.3f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--sequence", type=int, default=512)
-    parser.add_argument("--vocab", type=int, default=32_000)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each program (default: 5)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", action="append", metavar="CASE", help="may be given several times")
+    parser.add_argument("--parts", action="store_true", help="where our own time goes, instead")
     options = parser.parse_args()
-
-    heads = options.hidden // 64
-    inner = int(options.hidden * 8 / 3 / 64 + 0.5) * 64
-    shape = Architecture(
-        options.vocab,
-        options.hidden,
-        options.layers,
-        heads,
-        max(heads // 4, 1),
-        64,
-        inner,
-        True,
-        rotary=Rotary(),
-    )
-    batch, dtype = batch_of(options.rows, options.sequence, options.vocab), DTYPES[options.dtype]
-    steps = {"modelyard": ours(shape, batch, dtype), "transformers": theirs(shape, batch, dtype)}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    last: dict[str, tuple[float, float]] = {}
-    for round_ in range(options.rounds + 1):
-        for name, step in steps.items():
-            begin = time.perf_counter()
-            last[name] = step()
-            if round_:  # The first warms up.
-                seconds[name].append(time.perf_counter() - begin)
-
-    tokens = options.rows * options.sequence
-    flops = tokens * (
-        shape.matmul_flops_per_token() + shape.attention_flops_per_token(options.sequence, causal=True)
-    )
-    peak = matmul_flops(dtype)
-    rows = {}
-    print(f"{shape.parameter_count():,} parameters, {options.rows} x {options.sequence} tokens, {options.dtype}, "
-          f"{torch.get_num_threads()} threads, matrix multiply {peak / 1e9:.0f} GFLOP/s")  # fmt: skip
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        loss, norm = last[name]
-        rows[name] = {
-            "tokens_per_second": tokens / median,
-            "of_matmul": flops / median / peak,
-            "loss": loss,
-            "grad_norm": norm,
-        }
-        print(f"{name:<13} {tokens / median:>9,.0f} tokens/s   {flops / median / peak:>4.0%} of the matrix multiply   "
-              f"loss {loss:.3f}   grad norm {norm:.3f}")  # fmt: skip
-    ratio = rows["modelyard"]["tokens_per_second"] / rows["transformers"]["tokens_per_second"]
-    print(f"ratio {ratio:.2f}")
-    write_result("train_step", {"options": vars(options), "ratio": ratio, "results": rows})
+    every = cases(options.threads)
+    if unknown := [name for name in options.only or () if name not in every]:
+        parser.error(f"no case {', '.join(unknown)}; there are: {', '.join(every)}")
+    chosen = {name: every[name] for name in options.only or every}
+    if options.parts:
+        for case in chosen.values():
+            print_parts(case)
+        return
+    for peer in PEERS:
+        if not installed(peer):
+            print(f"{peer} is not installed: left out")
+    results = {}
+    for name, case in chosen.items():
+        peers = [p for p in PEERS if installed(p) and can_run(dataclasses.replace(case, contender=p))]
+        results[name] = report(name, case, peers, options.rounds)
+    if not options.only:
+        path = write_result("train_step", {"rounds": options.rounds, "results": results})
+        print(f"\nwrote {path}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _dispatch(words)
     except UserError as error:
         for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+            print(f"error: {_one_line(problem)}", file=sys.stderr)
         return 2
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
@@ -43,6 +43,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of a pipe (`| head`) left; that is no error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # What the system refuses about a path that the user named. Without a name it is about something of ours.
+        if error.filename is None:
+            raise
+        name = _one_line(str(error.filename))
+        name = name if len(name) <= 80 else name[:80] + "…"
+        print(f"error: {name}: {error.strerror}", file=sys.stderr)
+        return 2
+
+
+def _one_line(text: str) -> str:
+    """A message with what steers a terminal written out: keys and values of a config may hold anything."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda match: repr(match[0])[1:-1], text)
 
 
 def _dispatch(words: list[str]) -> int:
@@ -99,21 +112,26 @@ def _load(options: argparse.Namespace, kind: str | None, *, keep_problems: bool 
     """The config from the words and options of the command line; raises UserError, or keeps what can be kept."""
     from modelyard.config.loader import load_config
 
+    files, overrides = _files_and_overrides(options)
+    return load_config(files, overrides, kind=kind, keep_problems=keep_problems)
+
+
+def _files_and_overrides(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
     words = list(options.words)
-    if words and words[0] in GUIDE_WORDS and not Path(words[0]).exists():
+    if words and words[0] in GUIDE_WORDS and not os.path.exists(words[0]):
         words.pop(0)
-    overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    overrides = [word for word in words if "=" in word and not os.path.exists(word)]
     files = [Path(word) for word in [*options.config, *(word for word in words if word not in overrides)]]
     for word in files:
         if (
             re.fullmatch(r"[a-z_]+(\.\w+)+", str(word))
             and word.suffix not in (".yaml", ".yml")
-            and not word.exists()
+            and not os.path.exists(word)
         ):
             raise UserError(f"'{word}' is no file; to set a key write {word}=VALUE")
     if not files:
         raise UserError(f"no config given: name a YAML file, as in `{options.example}`")
-    return load_config(files, overrides, kind=kind, keep_problems=keep_problems)
+    return files, overrides
 
 
 # train
@@ -174,12 +192,41 @@ def _schema(options: argparse.Namespace) -> int:
     return 0
 
 
+# migrate
+
+
+def _migrate_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="write it there, not to the screen; must not exist"
+    )
+
+
+def _migrate(options: argparse.Namespace) -> int:
+    from modelyard.config.migrate import migrate
+    from modelyard.files import replace_text
+
+    files, overrides = _files_and_overrides(options)
+    if options.output is not None and os.path.lexists(options.output):
+        raise UserError(f"{options.output} exists; name another file, or remove it")
+    migrated = migrate(files, overrides)
+    if migrated.problems:
+        if options.output is None:
+            print(migrated.text, end="")
+        raise UserError(*migrated.problems)
+    if options.output is None:
+        print(migrated.text, end="")
+    else:
+        replace_text(options.output, migrated.text)
+    return 0
+
+
 # prepare, tokenizer train
 
 
 def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in output_path")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in output_path; start over")
 
 
 def _prepare(options: argparse.Namespace) -> int:
@@ -206,6 +253,76 @@ def _tokenizer_train(options: argparse.Namespace) -> int:
 
     loaded = _load(options, "prepare")
     return run_tokenizer_train(loaded.prepare, output=options.output, vocab_size=options.vocab_size)
+
+
+# inspect
+
+
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="STORE|CHECKPOINT|CONFIG|KEY=VALUE",
+        help="a folder, or YAML files and dotted overrides",
+    )
+    parser.add_argument("-c", "--config", action="append", default=[], metavar="CONFIG", help="a YAML file")
+    add = parser.add_argument
+    add("--html", type=Path, metavar="FILE", help="write a page to share; here only what is wrong is said")
+    add("--json", action="store_true", help="one JSON object in place of the text")
+    add("--tokens", type=_count, default=300, metavar="N", help="shown of each document (default: 300)")
+    add("--ids", action="store_true", help="show token ids too")
+    add("--documents", type=_count, default=3, metavar="N", help="of a store: how many to show (default: 3)")
+    add("--document", type=int, metavar="I", help="of a store: show this one, counted from 0")
+    add("--seed", type=_count, default=0, metavar="N", help="of a store: draws the documents (default: 0)")
+    add("--iteration", type=_count, default=0, metavar="N", help="of a config: which batch (default: 0)")
+    add("--rows", type=_count, default=4, metavar="N", help="of a config: rows to show (default: 4)")
+    add("--tensors", action="store_true", help="of a checkpoint: list every tensor")
+    add("--verify", action="store_true", help="compare all checksums, whatever the size")
+    add(
+        "--scan-limit",
+        type=_count,
+        default=1_000_000_000,
+        metavar="N",
+        help="tokens of each dataset that are read (default: 1e9); 0 reads no tokens, and no values of a checkpoint",
+    )
+
+
+def _count(text: str) -> int:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if number < 0 or number != int(number):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 on")
+    return int(number)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from modelyard.report.inspect import inspect_command
+    from modelyard.report.inspect_data import Options
+
+    words = [*options.config, *options.words]
+    if not words:
+        raise UserError(f"nothing to inspect: name a store, checkpoint or config, as in `{options.example}`")
+    chosen = Options(
+        documents=options.documents,
+        document=options.document,
+        tokens=max(2, options.tokens),
+        ids=options.ids,
+        seed=options.seed,
+        rows=options.rows,
+        iteration=options.iteration,
+        scan_limit=options.scan_limit,
+        all_tensors=options.tensors,
+        verify=options.verify,
+    )
+    return inspect_command(
+        words,
+        chosen,
+        lambda: _load(options, None, keep_problems=True),
+        html=options.html,
+        as_json=options.json,
+    )
 
 
 # evaluate, generate, convert
@@ -313,6 +430,24 @@ def _convert(options: argparse.Namespace) -> int:
     )
 
 
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run (its run.experiment_dir)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="page to write (default: RUN/report.html; report.html for several runs)",
+    )
+
+
+def _report(options: argparse.Namespace) -> int:
+    from modelyard.report.command import report
+
+    return report(options.runs, options.output)
+
+
 @dataclass(frozen=True)
 class Verb:
     summary: str
@@ -342,6 +477,16 @@ examples:
         _config_arguments,
         _validate,
     ),
+    "migrate": Verb(
+        "Write a config of an older or newer dialect in today's spelling, its defaults written out.",
+        f"""{OVERRIDES}
+The files become one. What it says is checked against the original; what cannot be translated is listed (exit status 2).
+examples:
+  modelyard migrate old.yaml
+  modelyard migrate train.yaml model.yaml batch.batch_size=256 --output today.yaml""",
+        _migrate_arguments,
+        _migrate,
+    ),
     "schema": Verb(
         "Print the JSON schema of a config, for editors that complete and check YAML.",
         "example:\n  modelyard schema --kind train > train.schema.json",
@@ -363,6 +508,19 @@ examples:
         _tokenizer_arguments,
         _tokenizer_train,
     ),
+    "inspect": Verb(
+        "Show documents, batches and checkpoints as they are, and what is wrong with them.",
+        """Documents and batches are shown token by token: coloured what is trained on, dimmed (⟦in brackets⟧ without colour) what
+is masked. The exit status is 1 where something is wrong: nothing to train on, tokens beyond the vocabulary,
+begin-of-sequence twice, weights that are no numbers, damaged files.
+examples:
+  modelyard inspect train.yaml
+  modelyard inspect train.yaml --iteration 1000 --html batch.html
+  modelyard inspect data/training --documents 5
+  modelyard inspect runs/a --tensors""",
+        _inspect_arguments,
+        _inspect,
+    ),
     "evaluate": Verb(
         "Run the config's evaluators on its newest checkpoint, or on a named one.",
         "examples:\n  modelyard evaluate train.yaml\n  modelyard evaluate train.yaml --checkpoint runs/a/checkpoint/1000",
@@ -382,6 +540,16 @@ examples:
         "example:\n  modelyard convert runs/a/checkpoint/1000 my-model --format llama",
         _convert_arguments,
         _convert,
+    ),
+    "report": Verb(
+        "Write runs, finished or not, as one HTML page: plots, samples, events, configuration.",
+        """\
+Several runs lie over one another. The page is one file and loads nothing from anywhere.
+examples:
+  modelyard report runs/a
+  modelyard report runs/a runs/b --output compared.html""",
+        _report_arguments,
+        _report,
     ),
 }
 

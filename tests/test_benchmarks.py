@@ -21,4 +21,4 @@ def test_gpu_script_needs_torch_alone() -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "5 passed, 0 failed"
+    assert done.stdout.splitlines()[-1] == "8 passed, 0 failed"

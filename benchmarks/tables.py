@@ -1,0 +1,192 @@
+"""The tables of docs/speed.md, from what the benchmarks wrote to `benchmarks/results/`.
+
+    python benchmarks/tables.py            print them
+    python benchmarks/tables.py --write    put them into docs/speed.md
+
+A benchmark that has no results is left out, and the page says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "speed.md"
+BEGIN, END = "<!-- tables: written by benchmarks/tables.py --write -->", "<!-- end of the tables -->"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table; every column but the first is aligned to the right."""
+    head = list(head)
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def mib(size: float) -> str:
+    return f"{size / 2**20:,.0f}"
+
+
+def train_step(found: dict[str, Any]) -> str:
+    ratios, absolute = [], []
+    for name, result in found["results"].items():
+        case, floor = result["case"], result["floor"]
+        tokens = case["rows"] * case["sequence"]
+        products = floor["blocks' products"] + floor["head's products"]
+        whole = products + floor["attention"] + floor["optimizer"]
+        seen = set()
+        for peer, against in result["peers"].items():
+            rows = against["rows"]
+            ours = min(row["seconds"] for who, row in rows.items() if who.startswith("modelyard"))
+            ratios.append(
+                [
+                    name,
+                    peer,
+                    f"**{against['speed']:.2f}**",
+                    f"{against['speed_eager']:.2f}",
+                    f"{against['memory']:.2f}",
+                    f"{ours / whole:.2f}",
+                    f"{ours / products:.2f}",
+                ]
+            )
+            for who, row in rows.items():
+                if who in seen:
+                    continue
+                seen.add(who)
+                absolute.append(
+                    [
+                        name,
+                        who,
+                        f"{tokens / row['seconds']:,.0f}",
+                        f"{row['seconds']:.3f}",
+                        mib(row["peak_bytes"]),
+                        f"{row['loss']:.4f}",
+                        f"{row['grad_norm']:.3f}",
+                    ]
+                )
+    first = table(
+        (
+            "case",
+            "against",
+            "times as fast",
+            "eager to eager",
+            "of its memory",
+            "our time / floor",
+            "our time / products alone",
+        ),
+        ratios,
+    )
+    second = table(("case", "program", "tokens/s", "s a step", "peak MiB", "loss", "gradient norm"), absolute)
+    return f"{first}\n\n<details><summary>Every program's own figures</summary>\n\n{second}\n\n</details>"
+
+
+def prepare(found: dict[str, Any]) -> str:
+    return table(
+        (
+            "tokenizer",
+            "processes",
+            "prepare, tokens/s",
+            "`datasets.map`",
+            "tokenizer alone",
+            "÷ map",
+            "÷ alone",
+        ),
+        (
+            [
+                run["tokenizer"],
+                str(run["workers"]),
+                f"{run['tokens_per_second']['ours']:,.0f}",
+                f"{max(v for k, v in run['tokens_per_second'].items() if k.startswith('map')):,.0f}",
+                f"{run['tokens_per_second']['raw']:,.0f}",
+                f"**{run['times_datasets_map']:.2f}**",
+                f"{run['of_raw_tokenizer']:.2f}",
+            ]
+            for run in found["runs"]
+        ),
+    )
+
+
+def start_up(found: dict[str, Any]) -> str:
+    stores = table(
+        ("documents", "rows", "index", "first batch, ms", "peak MiB"),
+        (
+            [
+                f"{row['documents']:,}{' (extrapolated)' if row.get('extrapolated') else ''}",
+                row["rows"],
+                row["index"],
+                f"{row['first_batch_seconds'] * 1e3:,.0f}",
+                mib(row["peak_bytes"]),
+            ]
+            for row in found["stores"]
+        ),
+    )
+    commands = table(
+        ("command", "seconds", "of `import torch`"),
+        (
+            [f"`{name}`", f"{row['seconds']:.2f}", f"{row['of_import_torch']:.2f}"]
+            for name, row in found["commands"].items()
+        ),
+    )
+    return f"{stores}\n\n{commands}"
+
+
+def checkpoint(found: dict[str, Any]) -> str:
+    megabytes = found["bytes"] / 1e6
+    return table(
+        ("", "seconds", "MB/s", "the disk alone, MB/s", "share of it"),
+        (
+            [
+                f"{name} {megabytes:,.0f} MB",
+                f"{found[name]:.2f}",
+                f"{megabytes / found[name]:,.0f}",
+                f"{megabytes / found[plain]:,.0f}",
+                f"{found[plain] / found[name]:.2f}",
+            ]
+            for name, plain in (("save", "plain write"), ("load", "plain read"))
+        ),
+    )
+
+
+SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "train_step": ("A training step", train_step),
+    "prepare": ("Preparing data", prepare),
+    "start_up": ("Starting", start_up),
+    "checkpoint": ("Checkpoints", checkpoint),
+}
+
+
+def page() -> str:
+    """All sections, each with the machine and the date of its figures."""
+    parts = []
+    for name, (title, make) in SECTIONS.items():
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            parts.append(f"## {title}\n\nNo results: run `python benchmarks/{name}.py`.")
+            continue
+        found = json.loads(path.read_text(encoding="utf-8"))
+        parts.append(
+            f"## {title}\n\n`python benchmarks/{name}.py`, {found['date']}, {found['device']}, torch "
+            f"{found['torch']}:\n\n{make(found)}"
+        )
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="put them into docs/speed.md")
+    if not parser.parse_args().write:
+        print(page())
+        return
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{BEGIN}\n{page()}\n{END}{after}", encoding="utf-8")
+    print(f"wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
