@@ -112,14 +112,14 @@ def _try(scene: Scene, words: list[str], folder: Path) -> int:
     def refuse(*_: object, **__: object) -> None:
         os._exit(STARTED)  # whatever happened until here is on the disk and in said.txt
 
-    from modelyard.train import run
+    from modelyard.train import state
 
-    before = run.train_step
-    run.train_step = refuse  # type: ignore[assignment]
+    before = state.train_step
+    state.train_step = refuse  # type: ignore[assignment]
     try:
         return run_to_end(folder, scene.marker, words)[1]
     finally:
-        run.train_step = before
+        state.train_step = before
 
 
 def _checkpoint_case(scene: Scene, file: str, how: str) -> str | None:

@@ -414,12 +414,12 @@ def try_case(case: Case, folder: Path) -> tuple[str, str | None]:
 
 
 def _worker(send: int, folder: Path, cases: Iterator[Case]) -> None:
-    from modelyard.train import run as run_module
+    from modelyard.train import state as state_module
 
     def started(*_: object, **__: object) -> None:
         raise Started
 
-    run_module.build_model = started  # type: ignore[assignment]
+    state_module.build_model = started  # type: ignore[assignment]
     # The guides' runs need more disk than is at hand; whether there is enough is not the question here.
     free = SimpleNamespace(total=1 << 60, used=0, free=1 << 60)
     shutil.disk_usage = lambda _: free  # type: ignore[assignment, return-value]

@@ -201,13 +201,13 @@ def _count_calls(marker: Marker, file: Path) -> None:
 def _mark_everything(marker: Marker) -> None:
     from modelyard import files
     from modelyard.config.training import SamplesEvaluatorConfig
-    from modelyard.train import run
+    from modelyard.train import state
     from modelyard.train.evaluators import Evaluators
 
-    run.train_step = marker.during("step", run.train_step)
-    run.Run.save = marker.during("save", run.Run.save)  # type: ignore[method-assign]
-    run.Run.export = marker.during("export", run.Run.export)  # type: ignore[method-assign]
-    run.prune = marker.during("prune", run.prune)
+    state.train_step = marker.during("step", state.train_step)
+    state.Run.save = marker.during("save", state.Run.save)  # type: ignore[method-assign]
+    state.Run.export = marker.during("export", state.Run.export)  # type: ignore[method-assign]
+    state.prune = marker.during("prune", state.prune)
     files.sha256 = marker.during("seal", files.sha256)
     files.sync = marker.during("seal", files.sync)
     evaluate, sample = (marker.during(name, Evaluators.run) for name in ("evaluate", "samples"))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 if TYPE_CHECKING:
-    from modelyard.train.run import Run
+    from modelyard.train.state import Run
 
 
 def announce(run: Run, remarks: list[str]) -> None:

@@ -21,7 +21,7 @@ from modelyard.train.step import StepResult
 
 if TYPE_CHECKING:
     from modelyard.train.board import Board
-    from modelyard.train.run import Run
+    from modelyard.train.state import Run
 
 # Dense bf16 peaks in FLOP/s, from the vendors' data sheets (never the figures "with sparsity").
 PEAK_BF16_FLOPS = {

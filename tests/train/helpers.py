@@ -8,7 +8,7 @@ from typing import Any
 
 from modelyard.config.loader import Loaded, load_config
 from modelyard.train.console import Console
-from modelyard.train.run import Run
+from modelyard.train.state import Run
 
 CONFIG = """\
 training:

@@ -46,6 +46,7 @@ def test_what_still_waits_at_the_end_is_counted(tmp_path: Path, limit: Limit) ->
     file.write("one\n")
     file.write(b"two\n")
     file.close()
+    limit(-1)  # before the test ends: pytest's own report may go to a larger file
     assert said[-1] == f"warning: the last 2 records of {tmp_path / 'a.jsonl'} are lost (File too large)"
 
 

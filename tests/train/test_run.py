@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-import modelyard.train.run as run_module
+import modelyard.train.state as state_module
 from modelyard.errors import RunFailed, UserError
 from modelyard.train.checkpoint import Checkpoint
 from modelyard.train.phases import PHASES
@@ -31,7 +31,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, iterations: set[int]) -> None:
             return StepResult(float("nan"), 1.0, 64, skipped="the loss is nan")
         return train_step(*args, **kwargs)
 
-    monkeypatch.setattr(run_module, "train_step", step)
+    monkeypatch.setattr(state_module, "train_step", step)
 
 
 def test_skips_use_up_iterations_but_not_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:

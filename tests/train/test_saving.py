@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-import modelyard.train.run as run_module
+import modelyard.train.state as state_module
 from modelyard.errors import RunFailed
 from modelyard.train.checkpoint import Checkpoint
 from modelyard.train.console import Console
@@ -57,7 +57,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, actions: dict[int, Callable[[], Non
         actions.get(count, lambda: None)()
         return train_step(*args, **kwargs)
 
-    monkeypatch.setattr(run_module, "train_step", step)
+    monkeypatch.setattr(state_module, "train_step", step)
 
 
 @pytest.mark.parametrize("free", [100_000, NEEDED + 8_000], ids=["seen before", "found while writing"])
