@@ -141,6 +141,8 @@ def _loop(run: Run, log: MetricsLog) -> int:
             meter.reset()
         _side_work(run, log)
         if run.stop:
+            run.clock("checkpoint")
+            run.save()
             text = f"stopped after iteration {progress.iteration}"
             text += "; the same command goes on from there" if run.saved else ", which is not saved"
             say_end(run, "stopped", text, signal=run.stop.signum)
@@ -186,10 +188,8 @@ def _side_work(run: Run, log: MetricsLog, *, resumed: bool = False, done: Collec
             evaluation = run.evaluators.run(name, entry, run.model, iteration)
             if evaluation is not None:
                 log.write(evaluation, prefix=name)
-    if iteration and run.stop:
-        clock("checkpoint")
-        run.save()
-    elif iteration and (training.export.due(iteration) or (run.finished and training.export.interval)):
+    export_due = training.export.due(iteration) or (run.finished and training.export.interval)
+    if iteration and export_due and not run.stop:
         clock("export")
         run.export(replace=not resumed)
     clock("other")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import modelyard.train.run as run_module
 import modelyard.train.state as state_module
 from modelyard.errors import RunFailed, UserError
 from modelyard.train.checkpoint import Checkpoint
@@ -232,3 +234,21 @@ def test_the_folder_says_what_runs_in_it() -> None:
     assert description["config"]["training"]["train_iters"] == 2
     assert description["architecture"]["ffn_hidden_size"] == 16
     assert not list(Path("run").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_signal_at_any_moment_beside_the_steps_saves(monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    beside = run_module._side_work
+
+    def interrupted(run: Any, *args: Any, **kwargs: Any) -> None:
+        signalled = run.progress.iteration == 3
+        if signalled and moment == "before":
+            run.stop.signum = signal.SIGTERM
+        beside(run, *args, **kwargs)
+        if signalled:
+            run.stop.signum = signal.SIGTERM
+
+    monkeypatch.setattr(run_module, "_side_work", interrupted)
+    assert train(loaded("training.export={interval: 1, format: llama}")) == 128 + signal.SIGTERM
+    assert Checkpoint(Path("run/checkpoint/3")).iteration == 3
+    assert Path("run/export/llama/3").exists() is (moment == "after")
