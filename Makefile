@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help quickstart test test-all lint format bench gpu clean
+.PHONY: help quickstart test test-all lint format bench faults gpu clean
 help:
 	@echo "make quickstart  train a small model on Python's standard library, about 6 minutes on 2 cores"
 	@echo "make test        the tests, about 3 minutes on 2 cores      make test-all  the slow ones too"
 	@echo "make lint        ruff and mypy                              make format    ruff, changing files"
-	@echo "make bench       benchmarks against other programs          make gpu       tests and benchmarks on a CUDA GPU"
+	@echo "make bench       speed against other programs, an hour      make gpu       tests and benchmarks on a CUDA GPU"
+	@echo "make faults      kills, damage, mistakes: docs/faults.md, docs/bad-input.md"
 
 # The range of torch in pyproject.toml lets pip take a CPU build where one is at hand.
 $(READY): pyproject.toml
@@ -39,7 +40,13 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
-	$(BIN)/python benchmarks/train_step.py
+	for name in train_step prepare start_up checkpoint; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	$(BIN)/python benchmarks/tables.py --write
+
+# Kills, damage, mutated configs and mistakes; about three minutes.
+faults: $(READY)
+	$(BIN)/python benchmarks/faults.py --write-docs
+	$(BIN)/python benchmarks/bad_input.py --write-docs
 
 # Runs with the python that is there: no virtual environment, no network, torch >= 2.11 alone.
 gpu:
