@@ -28,6 +28,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0, 1 for a run that failed, 2 where the user has something to change."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        status = _answered(words)
+    except OSError:
+        if not _stdout_lost("\n"):  # tried again, for without a buffer nothing is held back
+            raise
+        return 2
+    return status or (2 if _stdout_lost() else 0)
+
+
+def _stdout_lost(text: str = "") -> bool:
+    """Write out `text` after what standard output holds back, and say so where that fails.
+
+    A reader that left is no error of ours.
+    """
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        from modelyard.files import leave_stdout
+
+        leave_stdout()
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: standard output: {error.strerror}", file=sys.stderr)
+            return True
+    return False
+
+
+def _answered(words: list[str]) -> int:
+    """The verb's status; what is wrong for the user to change is one line, whatever verb it is."""
+    try:
         return _dispatch(words)
     except UserError as error:
         for problem in error.problems:
@@ -40,9 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of a pipe (`| head`) left; that is no error of ours.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 0  # the reader of a pipe (`| head`) left
     except OSError as error:
         # What the system refuses about a path that the user named. Without a name it is about something of ours.
         if error.filename is None:
@@ -235,7 +261,10 @@ def _prepare(options: argparse.Namespace) -> int:
     loaded = _load(options, "prepare")
     for notice in loaded.notices:
         print(f"note: {notice}")
-    return run_prepare(loaded.prepare, overwrite=options.overwrite)
+    try:
+        return run_prepare(loaded.prepare, overwrite=options.overwrite)
+    except UserError as error:
+        raise UserError(*loaded.located(error.problems)) from None
 
 
 def _tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -404,9 +433,9 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "destination", type=Path, metavar="DESTINATION", help="folder to write; must not exist"
     )
-    parser.add_argument(
-        "--format", choices=("llama", "qwen2", "mistral"), help="family (default: as the source)"
-    )
+    from modelyard.config.huggingface import FAMILIES
+
+    parser.add_argument("--format", choices=tuple(FAMILIES), help="family (default: as the source)")
     parser.add_argument(
         "--dtype",
         type=_dtype,

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from typing import Any
 from modelyard.errors import UserError
 
 MANIFEST = "manifest.json"
-
+CHECKSUM_LIMIT = 4 * 2**30
+"""Bytes up to which data or a checkpoint is read whole before it is used; of more, only the sizes are checked."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -29,6 +31,13 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def leave_stdout() -> None:
+    """Let what is still said to standard output, its buffer too, go nowhere: it cannot be written any more."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
 
 
 @contextmanager
@@ -74,8 +83,10 @@ def disk_full_error(error: OSError, path: Path) -> UserError | None:
     """The message for a disk that filled up while `path` was written; None for any other error."""
     if error.errno not in DISK_FULL:
         return None
+    from modelyard.config.disk import size  # whose imports need this module
+
     try:
-        free = f", {shutil.disk_usage(path.parent).free / 1e9:.1f} GB free now"
+        free = f", {size(shutil.disk_usage(path.parent).free)} free now"
     except OSError:
         free = ""
     return UserError(f"no space left while writing {path} ({error.strerror}{free}); nothing of it was kept")
@@ -86,7 +97,7 @@ def complete_or_absent(destination: Path, *, manifest: bool = False) -> Iterator
     """Give a folder to write into; it becomes `destination` when the block ends well, and vanishes otherwise.
 
     It is written beside as `<name>.tmp`; at the end every file is synced, the folder is renamed and its parent synced.
-    A kill at any moment leaves `destination` whole or absent. With `manifest` it also gets a list of its files with size
+    What was at `destination` stays until then. A kill at any moment leaves `destination` whole or absent. With `manifest` it also gets a list of its files with size
     and sha256, for `damage`. Raises UserError when the disk is full.
     """
     temporary = destination.with_name(destination.name + ".tmp")
@@ -108,8 +119,12 @@ def complete_or_absent(destination: Path, *, manifest: bool = False) -> Iterator
             list(syncing)
         for path in (temporary / MANIFEST, temporary) if manifest else (temporary,):
             sync(path)
+        before = destination.with_name(destination.name + ".before.tmp")
+        if destination.exists():
+            os.rename(destination, before)
         os.rename(temporary, destination)
         sync(destination.parent)
+        shutil.rmtree(before, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):

@@ -99,3 +99,25 @@ def test_ctrl_c_at_every_moment_of_the_start(tmp_path: Path) -> None:
         _, error = process.communicate(timeout=60)
         assert process.returncode == 130, (moment, error)
         assert "Traceback" not in error, (moment, error)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [["validate", "train.yaml"], ["--version"]])
+def test_standard_output_on_a_full_disk_is_one_line(
+    tmp_path: Path, words: list[str], unbuffered: str
+) -> None:
+    (tmp_path / "train.yaml").write_text(
+        "training: {train_iters: 1}\nbatch: {sequence_length: 16, batch_size: 4}\nrun: {experiment_dir: run}\n"
+        "data: {datasets: {training: {type: random}}}\nmodel: {preset: smollm2-135m}\n"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "modelyard", *words],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (2, "error: standard output: No space left on device\n")

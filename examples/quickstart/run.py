@@ -87,6 +87,9 @@ def main() -> int:
 
     step("3. what the config says, before anything starts")
     modelyard("validate", HERE / "train.yaml")
+    modelyard(
+        "inspect", HERE / "train.yaml", "--html", OUT / "batch.html", quiet=True
+    )  # the first batch, as it will be
 
     step("4. training")
     modelyard("train", HERE / "train.yaml")
@@ -117,6 +120,9 @@ def main() -> int:
     same = theirs["token_ids"] == ours["token_ids"]
     print(f"modelyard's greedy tokens are {'the same' if same else 'DIFFERENT: please report this'}")
 
+    step("7. the run as a page")
+    modelyard("report", OUT / "run", "--output", OUT / "report.html")
+
     minutes = (time.perf_counter() - begin) / 60
     step(f"done in {minutes:.1f} minutes")
     print(
@@ -125,6 +131,7 @@ def main() -> int:
   token store    {OUT / "data"}
   run            {OUT / "run"}  (metrics.jsonl, log.txt, tensorboard/, checkpoint/)
   Hugging Face   {export}
+  pages to open  {OUT / "batch.html"} (what it was trained on), {OUT / "report.html"} (how it went)
 try next:
   .venv/bin/modelyard generate {export} --prompt 'import os' --temperature 0.8
   .venv/bin/modelyard train {HERE.relative_to(Path.cwd()) if HERE.is_relative_to(Path.cwd()) else HERE}/train.yaml training.train_iters=960    # goes on from here

@@ -76,6 +76,8 @@ class Architecture:
     """Learned absolute positions: rows of their table, in tokens; None: there are none."""
     full_precision_residual: bool = False
     """Whether the residual stream stays fp32 where the weights are narrower."""
+    logits_scale: float = 1.0
+    """Factor on the logits, in training and in whatever uses the model."""
 
     def window_of(self, layer: int) -> int | None:
         """The sliding window of one layer, in tokens."""

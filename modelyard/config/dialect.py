@@ -8,6 +8,7 @@ Each repair leaves one notice. What the newest dialect only renamed is here too;
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -176,6 +177,21 @@ def _bare_learning_rate(document: Document) -> Iterator[Notice]:
         )
 
 
+def _command(document: Document) -> Iterator[Notice]:
+    """`type` of a whole file, newest dialect: the words of the command line once more, `train_gpt` for `train gpt`."""
+    word = document.get(("type",))
+    if not isinstance(word, str):
+        return
+    origin = document.origin(("type",))
+    if re.fullmatch(r"train_\w+|prepare_gpt_memmap", word):
+        document.take(("type",))
+        was = f"type: {word}"
+        yield Notice(f"{origin}: {was} is left out: the command says what is done", (), was)
+    elif re.fullmatch(r"evaluate_\w+", word):
+        document.take(("type",))
+        raise Conflict(f"{origin}: type: {word}: leave it out and run `modelyard evaluate`")
+
+
 def _one_worker_count(document: Document) -> Iterator[Notice]:
     """Preparation, newest dialect: one number for what has three."""
     old, new = ("num_workers",), ("loading_workers", "tokenize_workers", "saving_workers")
@@ -225,6 +241,7 @@ def read_as_fused(document: Document) -> Iterator[Notice]:
 _TRANSFORMER = "model.base_model.transformer"
 
 REPAIRS: tuple[Repair, ...] = (
+    Repair("type: train_MODEL -> nothing", _command),
     Repair("training.validation -> training.evaluators.validation", _validation),
     Repair("training.evaluations -> training.evaluators", _evaluations),
     Repair("unnamed evaluator -> named after its dataset", _unnamed_evaluator),

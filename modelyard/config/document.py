@@ -127,6 +127,8 @@ def _mergeable(path: KeyPath, old: Any, new: dict[str, Any]) -> bool:
         return bool(new) and all(name.isdecimal() and int(name) < len(old) for name in new)
     # Else keys of one dataset type would stay behind in another's section.
     in_datasets = path[:2] == ("data", "datasets")
+    if path == ("training", "evaluators") and not new:
+        return False  # `{}` is what switches them off
     return isinstance(old, dict) and not (
         in_datasets and "type" in new and old.get("type", new["type"]) != new["type"]
     )

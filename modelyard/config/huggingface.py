@@ -227,6 +227,8 @@ def can_export(architecture: Architecture, family: str) -> str | None:
         return f"format {family} has rotary positions, the model has none"
     if architecture.position_embeddings is not None:
         return f"format {family} has no learned positions (use_position_embeddings: no)"
+    if architecture.logits_scale != 1:
+        return f"format {family} has no factor on the logits (logits_scale_factor: 1)"
     if architecture.softmax_scale_power != 0.5:
         return f"format {family} has attention_softmax_scale_power 0.5 alone"
     wanted = "layer_norm" if family == "starcoder2" else "rms_norm"

@@ -14,20 +14,19 @@ from modelyard.config.architecture import Architecture
 from modelyard.config.data import ConcatenatedMemmapDataset, DatasetConfig, FileDataset, MemmapDataset
 from modelyard.config.dialect import Notice
 from modelyard.config.document import Document, KeyPath, dotted
-from modelyard.config.huggingface import FAMILIES, can_export, read_architecture
-from modelyard.config.model import architecture_of, architecture_problems, base_model_of
+from modelyard.config.huggingface import can_export
+from modelyard.config.model import architecture_of, architecture_problems
 from modelyard.config.neighbours import NoEffect, take_neighbours
 from modelyard.config.newest import BATCH_SIZE, DIALECT
 from modelyard.config.prepare import PrepareConfig
-from modelyard.config.presets import preset
 from modelyard.config.problems import explain, faulty_paths, shown
 from modelyard.config.reading import Kind, Reading, read_documents
 from modelyard.config.scales import scale_problems
+from modelyard.config.starting import BASE_MODEL, shape_is_absent, starting_point
 from modelyard.config.train import TrainConfig
 from modelyard.config.training import LossEvaluatorConfig
 from modelyard.errors import UserError, did_you_mean, missing_path
 
-BASE_MODEL: KeyPath = ("model", "base_model")
 TRANSFORMER: KeyPath = (*BASE_MODEL, "transformer")
 
 STRETCHING = ("type", "scale_factor", "original_context_length")
@@ -64,6 +63,14 @@ class Loaded:
     """What has to be changed before it can run; empty unless `load_config(..., keep_problems=True)` was asked."""
     silent_shape: dict[KeyPath, Any] = field(default_factory=dict)
     """Keys that make the kind of decoder, where nothing is written and the dialect's defaults hold."""
+
+    def located(self, problems: Iterable[str]) -> list[str]:
+        """Problems that begin with a key of `document` get the place where it is written."""
+        lines = []
+        for problem in problems:
+            origin = self.origins.get(tuple(problem.partition(": ")[0].split(".")))
+            lines.append(f"{origin}: {problem}" if origin else problem)
+        return lines
 
     @property
     def train(self) -> TrainConfig:
@@ -198,59 +205,6 @@ def add_defaults(reading: Reading, document: Document, base: Document) -> list[N
     for path, value in defaults.items():
         base.put(path, value, f"default of {DIALECT}")
     return reading.translation.defaults_notice(defaults)
-
-
-def shape_is_absent(document: Document, base: Document) -> bool:
-    """Whether the shape comes from a pretrained model that is not there; `base` is its `starting_point`."""
-    wanted = isinstance(document.get(("pretrained", "path")), str)
-    return (
-        wanted
-        and document.get(("pretrained", "load_config"), "model") == "model"
-        and not base.has(BASE_MODEL)
-    )
-
-
-def starting_point(
-    document: Document, problems: list[str]
-) -> tuple[Document, Architecture | None, list[str]]:
-    """Preset and pretrained model as a document to merge the user's over; the pretrained shape; warnings."""
-    base = Document({}, {}, document.name)
-    warnings: list[str] = []
-    name, path = document.get(("model", "preset")), document.get(("pretrained", "path"))
-    if isinstance(name, str):
-        try:
-            base.put(BASE_MODEL, base_model_of(preset(name)), f"preset {name}")
-        except UserError as error:
-            problems += [f"{document.origin(('model', 'preset'))}: {problem}" for problem in error.problems]
-    if not isinstance(path, str) or document.get(("pretrained", "load_config"), "model") != "model":
-        return base, None, warnings
-    folder, origin = Path(path).expanduser(), document.origin(("pretrained", "path"))
-    if not (folder / "config.json").exists():
-        missing = folder / "config.json" if folder.exists() else folder
-        return base, None, [f"{origin}: pretrained.path: {missing_path(missing)}"]
-    try:
-        architecture, family = read_architecture(folder)
-        values = base_model_of(architecture)
-    except (UserError, ValueError) as error:
-        problems += [f"{origin}: pretrained.path: {problem}" for problem in str(error).splitlines()]
-        return base, None, warnings
-    wanted = document.get(("pretrained", "format"), "auto")
-    if isinstance(wanted, str) and wanted in FAMILIES and wanted != family:
-        problems.append(
-            f"{document.origin(('pretrained', 'format'))}: pretrained.format is {wanted}, but {folder}/config.json "
-            f"says {family}; write format: {family}"
-        )
-    if document.get(("pretrained", "model_weights"), True) is True and not any(folder.glob("*.safetensors")):
-        warnings.append(f"{origin}: pretrained.path: {folder} has no weights (*.safetensors)")
-    if isinstance(name, str) and base.get(BASE_MODEL) != values:
-        origin_of_preset = document.origin(("model", "preset"))
-        warnings.append(
-            f"{origin_of_preset}: model.preset {name} has no effect: the shape is that of pretrained.path {folder}"
-        )
-    from_folder = Document({}, {}, document.name)
-    from_folder.put(BASE_MODEL, values, str(folder / "config.json"))
-    base.merge(from_folder)
-    return base, architecture, warnings
 
 
 def _architecture(

@@ -15,10 +15,11 @@ from typing import Any
 import yaml
 
 from modelyard.config.document import Document, KeyPath, dotted
-from modelyard.config.loader import Loaded, load_reading, shape_is_absent, starting_point
+from modelyard.config.loader import Loaded, load_reading
 from modelyard.config.newest import DIALECT, OUTPUT_STARTS, TODAYS_DEFAULTS
 from modelyard.config.problems import shown
 from modelyard.config.reading import Reading, merge_documents, read_documents
+from modelyard.config.starting import shape_is_absent, starting_point
 from modelyard.config.yaml import parse_scalar, parse_yaml
 from modelyard.errors import RunFailed, UserError
 
@@ -54,7 +55,8 @@ def _load(reading: Reading) -> tuple[Loaded | None, list[str]]:
         loaded = load_reading(reading, keep_problems=True)
     except UserError as error:
         return None, error.problems
-    return loaded, loaded.problems
+    # For a run these are in the way only while the shape is not there; for what is written here, for good.
+    return loaded, loaded.problems + reading.translation.undecided
 
 
 def _check(text: str, original: Loaded) -> None:

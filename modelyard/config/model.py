@@ -368,6 +368,7 @@ def architecture_of(model: BaseModelConfig, sequence_length: int) -> Architectur
         softmax_scale_power=transformer.attention_softmax_scale_power,
         position_embeddings=learned,
         full_precision_residual=transformer.full_precision_residual,
+        logits_scale=model.logits_scale_factor,
     )
 
 
@@ -396,6 +397,7 @@ def base_model_of(architecture: Architecture) -> dict[str, object]:
         "vocab_size": architecture.vocab_size,
         "tie_word_embeddings": architecture.tie_word_embeddings,
         "use_position_embeddings": architecture.position_embeddings is not None,
+        "logits_scale_factor": architecture.logits_scale,
         "transformer": {
             "num_layers": architecture.num_layers,
             "hidden_size": architecture.hidden_size,

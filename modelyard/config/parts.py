@@ -49,6 +49,8 @@ class Parts:
         self.notices: list[Notice] = []
         self.problems: list[str] = []
         self.refused: list[Refused] = []
+        self.undecided: list[str] = []
+        """What cannot be decided while the preset or pretrained model that says the rest cannot be read."""
 
     def has(self, key: KeyPath) -> bool:
         """Whether `key` was put aside."""
@@ -78,6 +80,17 @@ class Parts:
         if self.has(key):
             self.refused.append(Refused(key, self.get(key), line))
 
+    def undecidable(self, keys: list[KeyPath]) -> None:
+        """Say of `keys` that what holds beside them is not known."""
+        for key in keys:
+            line = (
+                f"{self.origin(key)}: {dotted(key)} = {shown(self.get(key))} is not translated: what holds beside it is "
+                "said by the preset or pretrained model, which cannot be read"
+            )
+            self.undecided.append(line)
+            self.notices.append(Notice(line))
+            self.refused.append(Refused(key, self.get(key), line))
+
     def left_out(self, key: KeyPath, was: str, why: str = "it is so in any case") -> None:
         """Say that nothing is left of `key`."""
         self.notices.append(Notice(f"{self.origin(key)}: {was} is left out: {why}", (), was))
@@ -91,17 +104,30 @@ class Parts:
             self.notices.append(Notice(line, target, was))
 
 
-def decide_alike(parts: Parts, merged: Document, alike: Alike) -> None:
+def _otherwise(merged: Document, start: Document | None, key: KeyPath, default: Any) -> Any:
+    """What `key`, in today's spelling, is where the newest dialect says nothing of it; None where nobody knows."""
+    if merged.get(key) is not None:
+        return merged.get(key)
+    return None if start is None else start.get(key, default)
+
+
+def decide_alike(parts: Parts, merged: Document, start: Document | None, alike: Alike) -> None:
+    """One value for all parts of `alike`."""
     given = [part for part in alike.parts if parts.has(part)]
     if not given:
         return
-    otherwise = merged.get(alike.target, alike.default)
+    otherwise = _otherwise(merged, start, alike.target, alike.default)
+    if otherwise is None and len(given) < len(alike.parts):
+        parts.undecidable(given)
+        return
     values = [parts.get(part) if parts.has(part) else otherwise for part in alike.parts]
     if any(value != values[0] for value in values):
         first = given[0]
         other = next(part for part in alike.parts if part != first)
         theirs = values[alike.parts.index(other)]
-        where = parts.origin(other) if other in given else "not given, the default"
+        said = [place for place in (merged, start) if place is not None and place.has(alike.target)]
+        fallback = f"not given, that of {said[0].origin(alike.target)}" if said else "not given, the default"
+        where = parts.origin(other) if other in given else fallback
         parts.problem(
             first,
             f"{dotted(first)} = {shown(parts.get(first))}, but {dotted(other)} = {shown(theirs)} ({where}); "
@@ -112,7 +138,13 @@ def decide_alike(parts: Parts, merged: Document, alike: Alike) -> None:
 
 
 def decide_start(
-    parts: Parts, merged: Document, keys: tuple[KeyPath, ...], target: KeyPath, *, tied: bool
+    parts: Parts,
+    merged: Document,
+    start: Document | None,
+    keys: tuple[KeyPath, ...],
+    target: KeyPath,
+    *,
+    tied: bool,
 ) -> None:
     """Initial weights: one distribution for all `keys`. `tied`: what holds where nothing is said about tying."""
     given = [key for key in keys if parts.has(key)]
@@ -130,10 +162,14 @@ def decide_start(
     if not written:
         return
     # Tied weights have no output layer of their own to begin with.
-    if target == EMBEDDING_START and merged.get(TIED, tied) is True:
+    one = _otherwise(merged, start, TIED, tied) if target == EMBEDDING_START else False
+    if one is True:
         keys = keys[:1]
     first = found[written[0]]
     if any(found.get(key, {}) != first for key in keys):
+        if one is None:
+            parts.undecidable(written)
+            return
         listed = ", ".join(f"{dotted(key)}: {_said(found.get(key))}" for key in keys)
         parts.problem(written[0], f"these begin alike here ({listed}); write the same in all")
         return
@@ -142,12 +178,13 @@ def decide_start(
         parts.write(merged, written, (*target[:-1], name), value)
 
 
-def decide_biases(parts: Parts, merged: Document) -> None:
+def decide_biases(parts: Parts, merged: Document, start: Document | None) -> None:
     """Which linear layers have a bias, as one word."""
-    # An earlier file may say it in today's spelling; the default of all dialects is everywhere.
-    before = merged.get(BIAS_TARGET, True)
+    # An earlier file may say it in today's spelling, or a preset; the default of all dialects is everywhere.
+    before = _otherwise(merged, start, BIAS_TARGET, True)
     word = {True: "everywhere", False: "nowhere"}.get(before) if isinstance(before, bool) else before
-    otherwise = next((where for name, where in BIASES.items() if name == word), (True, True, True))
+    otherwise: tuple[bool | None, ...] = (None,) * 3 if word is None else (True,) * 3
+    otherwise = next((where for name, where in BIASES.items() if name == word), otherwise)
     given: list[KeyPath] = []
     found = []
     for (layers, general), fallback in zip(BIAS_PARTS, otherwise, strict=True):
@@ -160,17 +197,21 @@ def decide_biases(parts: Parts, merged: Document) -> None:
                 return
         otherwise_here = fallback if parts.get(everywhere) is None else parts.get(everywhere)
         values = [otherwise_here if parts.get(key) is None else parts.get(key) for key in keys]
-        if len(set(values)) > 1:
+        if len({*values} - {None}) > 1:
             differing = next(key for key in keys if parts.has(key))
             names = ", ".join(layer.rpartition(".")[2] for layer in layers)
             parts.problem(
                 differing, f"{names} have a bias all or none here; write bias.enabled for each of them"
             )
             return
-        found.append(values[0])
+        found.append(None if None in values else values[0])
     if not given:
         return
-    parts.write(merged, given, BIAS_TARGET, BIAS_WORDS[found[0], found[1], found[2]])
+    if None in found:
+        parts.undecidable(given)
+        return
+    qkv, output, mlp = map(bool, found)
+    parts.write(merged, given, BIAS_TARGET, BIAS_WORDS[qkv, output, mlp])
 
 
 def decide_losses(parts: Parts, merged: Document) -> None:

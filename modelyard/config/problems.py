@@ -102,6 +102,8 @@ def _document_path(location: tuple[int | str, ...], document: Document, *, missi
 
 def _expectation(item: Any, document: Document, path: KeyPath) -> str:
     text = _EXPECTED[item["type"]].format(**item.get("ctx", {}))
+    if item["type"] == "dict_type" and document.get(path) is None:
+        text += ", or {} for none"
     if item["type"] == "literal_error":
         return text.replace("'", "").replace(" or ", ", ")
     return text.replace("'", "")

@@ -14,6 +14,7 @@ from modelyard.config.document import Document, dotted
 from modelyard.config.legacy_data import rewrite_data
 from modelyard.config.prepare import PrepareConfig
 from modelyard.config.problems import known_keys
+from modelyard.config.starting import known_start
 from modelyard.config.train import TrainConfig
 from modelyard.config.translation import Translation
 from modelyard.config.yaml import parse_override, read_yaml
@@ -93,7 +94,7 @@ def merge_documents(documents: Sequence[Document], kind: str | None = None) -> R
         merged.merge(document)
     found = _kind(merged, kind)
     if found == "train":
-        translation.finish(merged)
+        translation.finish(merged, known_start(merged))
         translation.notices += read_as_fused(merged)
         more_lines, more_problems = rewrite_data(merged)
         notices, problems = notices + more_lines, problems + more_problems

@@ -77,6 +77,7 @@ class Translation:
         self._parts = Parts()
         self.notices, self.problems = self._parts.notices, self._parts.problems
         self.refused = self._parts.refused
+        self.undecided = self._parts.undecided
         self.newest_model = False
         """Whether the model is described in the newest dialect, so that its defaults hold."""
         self.newest_data = False
@@ -193,8 +194,12 @@ class Translation:
         """Undo what was put aside, where `merged` is no training configuration and its validation names every key."""
         merged.merge(self._parts.document)
 
-    def finish(self, merged: Document) -> None:
-        """Write what several keys decide together into the merged document, and settle which dialect's defaults hold."""
+    def finish(self, merged: Document, start: Document | None) -> None:
+        """Write what several keys decide together into the merged document, and settle which dialect's defaults hold.
+
+        `start` is what `merged` will be written over, a preset's or pretrained model's shape, which says what holds for
+        the rest of those keys; None: it is named, but cannot be read.
+        """
         self._settle(merged)
         before = len(self.problems)
         if block := the_one_block(self._parts):
@@ -209,11 +214,11 @@ class Translation:
                 )
         if block or len(self.problems) == before:
             for alike in ALIKE:
-                decide_alike(self._parts, merged, alike)
+                decide_alike(self._parts, merged, start, alike)
             self._settle_positions(merged)
         for keys, target in STARTS:
-            decide_start(self._parts, merged, keys, target, tied=not self.newest_model)
-        decide_biases(self._parts, merged)
+            decide_start(self._parts, merged, start, keys, target, tied=not self.newest_model)
+        decide_biases(self._parts, merged, start)
         decide_losses(self._parts, merged)
         if self.newest_data or any(self._parts.has(key) for key in BATCH_PARTS):
             decide_batch(

@@ -22,6 +22,7 @@ from modelyard.config.data import (
     RandomDataset,
     SliceDataset,
 )
+from modelyard.data.foreign import ForeignStore
 from modelyard.data.foreign_file import open_store
 from modelyard.data.order import derive_key, keyed_hash
 from modelyard.data.store import TokenStore
@@ -77,19 +78,19 @@ class StoredDataset:
     """
 
     def __init__(self, path: Path, num_documents: int | None = None, num_tokens: int | None = None):
-        self._store = open_store(path)
+        self.store = open_store(path)
         self.name = str(path)
-        self.num_documents = self._store.num_documents
-        self.num_tokens = self._store.num_tokens
-        self.lanes = frozenset(self._store.lanes)
-        self.vocab_size = self._store.vocab_size
-        self.fingerprint = self._store.fingerprint
+        self.num_documents = self.store.num_documents
+        self.num_tokens = self.store.num_tokens
+        self.lanes = frozenset(self.store.lanes)
+        self.vocab_size = self.store.vocab_size
+        self.fingerprint = self.store.fingerprint
         tokenizer = path / "tokenizer"
         self.tokenizer_folder = tokenizer if tokenizer.is_dir() else None
-        self.lengths = self._store.lengths
-        self.offset = self._store.offset
-        self.document = self._store.document
-        self.lane = self._store.lane
+        self.lengths = self.store.lengths
+        self.offset = self.store.offset
+        self.document = self.store.document
+        self.lane = self.store.lane
         problems = [
             f"{path} has {found:,} {what}, but the config says {said:,}: prepared again since, or the wrong folder?"
             for what, said, found in (
@@ -107,7 +108,7 @@ class StoredDataset:
 
     def will_need(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Start reading them from disk: one by one they would be waited for one by one."""
-        self._store.will_need(ranges)
+        self.store.will_need(ranges)
 
 
 class SlicedDataset:
@@ -264,10 +265,29 @@ def stores(dataset: IndexedDataset) -> list[TokenStore]:
     if isinstance(dataset, ConcatenatedDatasets):
         return [store for part in dataset._datasets for store in stores(part)]
     return (
-        [dataset._store]
-        if isinstance(dataset, StoredDataset) and isinstance(dataset._store, TokenStore)
+        [dataset.store]
+        if isinstance(dataset, StoredDataset) and isinstance(dataset.store, TokenStore)
         else []
     )
+
+
+def foreign_documents(dataset: IndexedDataset) -> list[tuple[ForeignStore, int, int]]:
+    """What other programs prepared of a dataset: each store, and which of its documents, `begin:end`, are the dataset's."""
+    return _foreign_documents(dataset, 0, dataset.num_documents)
+
+
+def _foreign_documents(dataset: IndexedDataset, begin: int, end: int) -> list[tuple[ForeignStore, int, int]]:
+    if isinstance(dataset, SlicedDataset):
+        return _foreign_documents(dataset._dataset, dataset._first + begin, dataset._first + end)
+    if isinstance(dataset, ConcatenatedDatasets):
+        return [
+            found
+            for part, first, last in dataset._cut(begin, end)
+            for found in _foreign_documents(dataset._datasets[part], first, last)
+        ]
+    if isinstance(dataset, StoredDataset) and isinstance(dataset.store, ForeignStore):
+        return [(dataset.store, begin, end)]
+    return []
 
 
 def read_documents(dataset: IndexedDataset, begin: int, end: int, lane: str | None = None) -> np.ndarray:
@@ -280,9 +300,10 @@ def read_documents(dataset: IndexedDataset, begin: int, end: int, lane: str | No
     if isinstance(dataset, ConcatenatedDatasets):
         cut = dataset._cut(begin, end)
         parts = [read_documents(dataset._datasets[part], first, last, lane) for part, first, last in cut]
-    elif isinstance(dataset, StoredDataset) and isinstance(dataset._store, TokenStore):
-        store, first, after = dataset._store, dataset.offset(begin), dataset.offset(end)
-        found = store.tokens(first, after) if lane is None else store.lane_values(lane, first, after)
+    elif isinstance(dataset, StoredDataset) and lane is None:
+        parts = [dataset.store.tokens(dataset.offset(begin), dataset.offset(end))]
+    elif isinstance(dataset, StoredDataset) and isinstance(dataset.store, TokenStore):
+        found = dataset.store.lane_values(lane or "", dataset.offset(begin), dataset.offset(end))
         parts = [found] if found is not None else []
     elif lane is None:
         parts = [dataset.document(index) for index in range(begin, end)]

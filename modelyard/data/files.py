@@ -101,6 +101,14 @@ def kind_of(path: Path) -> tuple[Kind, Compression] | None:
     return kind, compression
 
 
+def refuse_raw_data(path: Path) -> None:
+    """Raises UserError where `path` is a file of texts, by its name, in the place of prepared tokens."""
+    if path.is_file() and kind_of(path) is not None:
+        raise UserError(
+            f"{path} holds texts, not prepared tokens: run `modelyard prepare` on it and name what that writes"
+        )
+
+
 def _single_file(path: Path, config: PrepareDatasetConfig) -> SourceFile:
     if config.extensions is not None:
         raise UserError(f"dataset.extensions is for a folder of source files; {path} is one file")

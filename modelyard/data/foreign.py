@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -33,6 +34,7 @@ FLOAT_CODES = (6, 7)
 _I4, _I8 = np.dtype("<i4"), np.dtype("<i8")
 _STEP = 1 << 20
 """Entries of an index checked at a time."""
+_TOKENS_AT_ONCE = 1 << 22
 _CACHED_BLOCKS = 640
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -42,7 +44,7 @@ class ForeignStore(ABC):
 
     The index is read once when it is opened, in pieces: every entry is checked, and hashed for the fingerprint. The tokens
     go into the fingerprint by their number and by samples from all over the file. Nothing says which tokenizer they are
-    of, so ids outside the vocabulary are found when a batch is read.
+    of: `outside_vocabulary` looks at the ids themselves.
     """
 
     num_documents: int
@@ -93,14 +95,52 @@ class ForeignStore(ABC):
         Raises:
             UserError: an id is negative.
         """
-        first, after = self._bounds(index, begin, end)
-        tokens = self._tokens.read(first, after)
+        return self.tokens(*self._bounds(index, begin, end))
+
+    def tokens(self, begin: int, end: int) -> np.ndarray:
+        """Tokens `begin:end` of all documents one after the other, none of them negative, [end - begin].
+
+        Raises:
+            UserError: an id is negative.
+        """
+        tokens = self._tokens.read(begin, end)
         if tokens.dtype.kind == "i" and len(tokens) and tokens.min() < 0:
-            raise UserError(
-                f"token {tokens.min()} in document {index} of {self.path} is negative: the file is damaged, or its "
-                "index is of another one"
-            )
+            raise UserError(self._negative(begin, tokens))
         return tokens
+
+    def _negative(self, first: int, tokens: np.ndarray) -> str:
+        place = int(np.argmax(tokens < 0))
+        return (
+            f"token {tokens[place]} in document {self._document_of(first + place)} of {self.path} is negative: the file is "
+            "damaged, or its index is of another one"
+        )
+
+    def outside_vocabulary(self, vocab_size: int, begin: int, end: int) -> str | None:
+        """What there is to say of the first id in documents `begin:end` that is no token; reads them all, in pieces."""
+        if self.dtype.kind == "u" and np.iinfo(self.dtype).max < vocab_size:
+            return None
+        first, after = self.offset(begin), self.offset(end)
+        for start in range(first, after, _TOKENS_AT_ONCE):
+            tokens = self._tokens.read(start, min(start + _TOKENS_AT_ONCE, after))
+            if tokens.min() >= 0 and tokens.max() < vocab_size:
+                continue
+            place = int(np.argmax((tokens < 0) | (tokens >= vocab_size)))
+            if tokens[place] < 0:
+                return self._negative(start, tokens)
+            return (
+                f"token {tokens[place]} in document {self._document_of(start + place)} of {self.path} is outside the model's "
+                f"vocabulary of {vocab_size:,}: was the data prepared with another tokenizer?"
+            )
+        return None
+
+    def _document_of(self, token: int) -> int:
+        """The document that has the token at this place of all."""
+        return bisect_right(range(self.num_documents), token, key=self.offset) - 1
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What it is read from."""
+        return (self._tokens.path,)
 
     def lane(self, name: str, index: int, begin: int = 0, end: int | None = None) -> np.ndarray | None:
         """The loss mask from the document's spans, uint8 [end - begin]; None for other lanes, or without spans."""
@@ -209,6 +249,11 @@ class IndexedPair(ForeignStore):
         self._tokens = FileArray(data, self.dtype, self.num_tokens)
         self._sample(digest)
         self.fingerprint = digest.hexdigest()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The index, and the tokens."""
+        return self._index, self._tokens.path
 
     def _wrong(self, what: str) -> UserError:
         return UserError(f"{self._index} {what}")

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from modelyard.data.files import refuse_raw_data
 from modelyard.data.foreign import _STEP, ForeignStore, IndexedPair, is_pair
 from modelyard.data.reading import FileArray
 from modelyard.data.store import MASK_LANE, TokenStore
@@ -198,12 +199,26 @@ class SingleFile(ForeignStore):
         return self._span_edges.read(2 * first, 2 * after).reshape(-1, 2).astype(np.int64)
 
 
+def is_foreign(path: Path) -> bool:
+    """Whether `path` means what another program prepared, judged by names and the first bytes; it may be damaged."""
+    if path.is_file() and path.suffix not in (".bin", ".idx"):
+        if path.suffix == ".fast_llm_dataset":
+            return True
+        try:
+            with path.open("rb") as file:
+                return file.read(len(MAGIC)) == MAGIC
+        except OSError:
+            return False
+    return is_pair(path)
+
+
 def open_store(path: Path) -> TokenStore | ForeignStore:
     """Open prepared tokens of whatever kind lies at `path`: a store's folder, a `.bin`/`.idx` pair, a single file.
 
     Raises:
         UserError: nothing there, or nothing that is known.
     """
+    refuse_raw_data(path)
     if path.is_file() and path.suffix not in (".bin", ".idx"):
         return SingleFile(path)
     return IndexedPair(path) if is_pair(path) else TokenStore(path)

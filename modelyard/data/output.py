@@ -114,7 +114,7 @@ def output_folder(output: Path, identity: dict[str, Any], *, overwrite: bool = F
     """A folder beside `output` to write into; it becomes `output`, whole, when the block ends without an error.
 
     What an earlier start left there is kept when it was made from the same, `identity`. It also stays when this block is
-    stopped, unless by an error in the input.
+    stopped, unless by an error in the input; what the disk or the system refuses is none, whoever puts it into words.
 
     Raises:
         UserError: it holds work on something else, and `overwrite` is not given.
@@ -134,13 +134,24 @@ def output_folder(output: Path, identity: dict[str, Any], *, overwrite: bool = F
             sync(temporary)
             _replace(temporary, output)
         except BaseException as error:
-            in_the_input = isinstance(error, UserError) and not isinstance(error, WorkerKilled)
+            refused = _refused(error)
+            in_the_input = (
+                isinstance(error, UserError) and not isinstance(error, WorkerKilled) and not refused
+            )
             kept = work.resumable and not in_the_input
             if not kept:
                 shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise _explained(error, output, kept) from None
+            if refused is not None:
+                raise _explained(refused, output, kept) from None
             raise
+
+
+def _refused(error: BaseException) -> OSError | None:
+    """What the system refused, also where a `UserError` says so (`replace_text` words its own)."""
+    for candidate in (error, error.__cause__):
+        if isinstance(candidate, OSError):
+            return candidate
+    return None
 
 
 def _explained(error: OSError, output: Path, kept: bool) -> UserError:

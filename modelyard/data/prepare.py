@@ -22,6 +22,7 @@ import numpy as np
 import tokenizers
 import yaml
 
+from modelyard.config.disk import size
 from modelyard.config.prepare import PrepareConfig
 from modelyard.data import sources
 from modelyard.data.columns import ColumnWriter, column_writer
@@ -168,7 +169,12 @@ def _open(config: PrepareConfig, notices: list[str]) -> tuple[Tokenizer, Documen
     """The tokenizer, what stands around documents, and the source; the problems of all of them at once."""
     problems: list[str] = []
     try:
-        tokenizer = load_tokenizer(config.tokenizer.path)
+        try:
+            tokenizer = load_tokenizer(config.tokenizer.path)
+        except UserError as error:
+            raise UserError(
+                *(f"tokenizer.path: {line.removeprefix('tokenizer: ')}" for line in error.problems)
+            ) from None
         frame = document_frame(tokenizer, **config.tokenizer.model_dump(exclude={"path"}))
     except UserError as error:
         problems += error.problems
@@ -394,7 +400,7 @@ def _check_disk(config: PrepareConfig, job: Job) -> None:
     free = shutil.disk_usage(place).free
     if needed > free + there:
         raise UserError(
-            f"{place} has {free / 1e9:.1f} GB free, and the tokens need about {needed / 1e9:.1f} GB; "
+            f"{place} has {size(free)} free, and the tokens need about {size(needed)}; "
             "dataset.disable_disk_space_check: true starts nevertheless"
         )
 

@@ -21,6 +21,7 @@ from modelyard.config.data import (
 from modelyard.config.document import Document
 from modelyard.config.problems import explain
 from modelyard.config.yaml import read_yaml
+from modelyard.data.files import refuse_raw_data
 from modelyard.errors import UserError, missing_path
 
 _ADAPTER: TypeAdapter[DatasetConfig] = TypeAdapter(DatasetConfig)
@@ -100,6 +101,7 @@ def read_dataset_file(path: Path) -> DatasetConfig:
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a dataset file{_instead_of_folder(path)}")
+    refuse_raw_data(path)
     document = read_yaml(path)
     values: dict[str, Any] = document.values
     if isinstance(values.get("config"), dict) and "type" not in values:

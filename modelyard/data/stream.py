@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from modelyard.config.data import BlendedDataset, DatasetConfig, SampledDataset, SamplingConfig
 from modelyard.data.blend import Blend
-from modelyard.data.datasets import IndexedDataset, open_dataset
+from modelyard.data.datasets import IndexedDataset, foreign_documents, open_dataset
 from modelyard.data.layout import Layout, lay_out
 from modelyard.data.order import DocumentOrder, derive_key
 from modelyard.data.resolve import resolve
 from modelyard.data.rows import CutRows, Piece, Rows, WholeRows
 from modelyard.data.store import MASK_LANE
 from modelyard.errors import UserError
+from modelyard.files import CHECKSUM_LIMIT
 
 if TYPE_CHECKING:
     from modelyard.data.batch import Batch
@@ -74,7 +75,8 @@ class DataStream:
     ):
         self.name = name
         self._batch = batch
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
+        """Of the model, tokens."""
         self._lock = Lock()
         self._leaves: list[_Leaf] = []
         problems: list[str] = []
@@ -125,7 +127,7 @@ class DataStream:
     def _layout_options(self) -> dict[str, Any]:
         return {
             "sequence_length": self._batch.sequence_length,
-            "vocab_size": self._vocab_size,
+            "vocab_size": self.vocab_size,
             "isolate": not self._batch.cross_document_attention,
             "mask": bool(self._batch.use_loss_masking_spans),
         }
@@ -227,18 +229,16 @@ class DataStream:
         self, config: DatasetConfig, sampling: SamplingConfig, path: tuple[int, ...], total_rows: int | None
     ) -> _Leaf:
         length = self._batch.sequence_length
-        dataset = open_dataset(
-            config, vocab_size=self._vocab_size, sequence_length=length, seed=sampling.seed
-        )
+        dataset = open_dataset(config, vocab_size=self.vocab_size, sequence_length=length, seed=sampling.seed)
         if self._batch.use_loss_masking_spans is True and MASK_LANE not in dataset.lanes:
             raise UserError(
                 f"{dataset.name} has no loss mask, but batch.use_loss_masking_spans is set: "
                 "prepare it with dataset.loss_masking_spans"
             )
-        if (dataset.vocab_size or 0) > self._vocab_size:
+        if (dataset.vocab_size or 0) > self.vocab_size:
             raise UserError(
                 f"{dataset.name} was prepared with a tokenizer of {dataset.vocab_size:,} tokens, the model has "
-                f"vocab_size {self._vocab_size:,}; prepare it with the model's tokenizer, or raise model.base_model.vocab_size"
+                f"vocab_size {self.vocab_size:,}; prepare it with the model's tokenizer, or raise model.base_model.vocab_size"
             )
         passes = 1
         if sampling.shuffle == "full" and total_rows:
@@ -312,6 +312,32 @@ class _Blended:
 
 
 _Node = _Leaf | _Blended
+
+
+def ids_outside_vocabulary(streams: Sequence[DataStream]) -> list[str]:
+    """One line for each store of another program with an id that is no token of the model: its document, and the id.
+
+    Our own stores say how large their vocabulary is; these have to be read. Only the documents that the streams are made
+    of are looked at, and none where they have more than `CHECKSUM_LIMIT` bytes of ids in all: those are found as they are
+    read for a batch.
+    """
+    parts = {
+        (store.path, begin, end, stream.vocab_size): store
+        for stream in streams
+        for dataset in stream.datasets
+        for store, begin, end in foreign_documents(dataset)
+    }
+    size = sum(
+        (store.offset(end) - store.offset(begin)) * store.dtype.itemsize
+        for (_, begin, end, _), store in parts.items()
+    )
+    if size > CHECKSUM_LIMIT:
+        return []
+    found: dict[Path, str] = {}
+    for (path, begin, end, vocab_size), store in parts.items():
+        if path not in found and (problem := store.outside_vocabulary(vocab_size, begin, end)):
+            found[path] = problem
+    return list(found.values())
 
 
 def prefetched(

@@ -204,7 +204,7 @@ def _folder(name: str) -> Path:
     if path.is_dir():
         return path
     if looks_like_path(name):
-        raise UserError(f"tokenizer: {missing_path(path)}")
+        raise UserError(f"tokenizer: {missing_path(path)}; `modelyard tokenizer train` makes one")
     from huggingface_hub import snapshot_download
 
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -13,6 +14,7 @@ from modelyard.config.prepare import PrepareConfig
 from modelyard.data.sources import RecordError, Source, open_source
 from modelyard.data.tokenizer import replace_surrogates
 from modelyard.errors import UserError
+from modelyard.files import replace_text
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 BYTES = 256
@@ -109,13 +111,25 @@ def _write(tokenizer: Tokenizer, folder: Path, bos: str, eos: str) -> None:
         "model_input_names": ["input_ids", "attention_mask"],
         **named,
     }
+    # A folder with a tokenizer.json is a whole tokenizer: it comes last.
+    texts = {
+        "special_tokens_map.json": json.dumps(named, indent=2) + "\n",
+        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+        "tokenizer.json": tokenizer.to_str(pretty=True),
+    }
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    absent = [folder / name for name in texts if not (folder / name).exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    for name, document in (("special_tokens_map.json", named), ("tokenizer_config.json", config)):
-        (folder / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    # Last and renamed: a folder with a tokenizer.json is a whole tokenizer.
-    temporary = folder / "tokenizer.json.tmp"
-    temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    temporary.rename(folder / "tokenizer.json")
+    try:
+        for name, text in texts.items():
+            replace_text(folder / name, text)
+    except BaseException:  # a full disk, Ctrl-C: what is not whole is not there
+        for path in absent:
+            path.unlink(missing_ok=True)
+        for place in made:
+            with suppress(OSError):
+                place.rmdir()
+        raise
 
 
 def source_texts(source: Source) -> Iterator[str]:

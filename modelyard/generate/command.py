@@ -12,7 +12,7 @@ from modelyard.generate.sample import SamplingOptions
 from modelyard.generate.text import Generator
 from modelyard.model.formats import load_decoder
 from modelyard.train.build import compute_device
-from modelyard.train.export import open_model
+from modelyard.train.export import named_tokenizer, open_model
 from modelyard.train.weights import DTYPES
 
 
@@ -30,8 +30,9 @@ def generate_command(options: argparse.Namespace) -> int:
         top_p=options.top_p,
         seed=options.seed,
     )
+    named = named_tokenizer(options.tokenizer)
     model = open_model(options.model)
-    tokenizer_folder = options.tokenizer or model.tokenizer_folder
+    tokenizer_folder = named or model.tokenizer_folder
     if tokenizer_folder is None:
         raise UserError(f"{options.model} has no tokenizer beside it; name one with --tokenizer DIR")
     decoder = load_decoder(

@@ -235,5 +235,6 @@ class Decoder(nn.Module):
         return self.norm(x).view(*input_ids.shape, -1)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., hidden] -> [..., vocabulary]."""
-        return F.linear(hidden, self.output_weight)
+        """[..., hidden] -> [..., vocabulary], scaled as the architecture says."""
+        logits = F.linear(hidden, self.output_weight)
+        return logits if self.architecture.logits_scale == 1 else logits * self.architecture.logits_scale

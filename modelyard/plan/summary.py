@@ -26,8 +26,10 @@ from modelyard.config.model import base_model_of
 from modelyard.config.optimizer import LearningRateConfig
 from modelyard.config.prepare import PrepareConfig
 from modelyard.config.scales import rate_scales
+from modelyard.config.traces import trace_warnings
 from modelyard.config.train import TrainConfig
-from modelyard.data.stream import DataStream
+from modelyard.data.store import MASK_LANE
+from modelyard.data.stream import DataStream, ids_outside_vocabulary
 from modelyard.errors import UserError, missing_path
 from modelyard.train.schedule import learning_rate
 
@@ -36,6 +38,7 @@ _PLOT_ROWS = 6
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 
+NO_MASKS = "no dataset has a loss mask: every token is trained on (batch.use_loss_masking_spans: auto)"
 ANY_VOCABULARY = 2**31
 """Stands for a vocabulary that is not known yet."""
 
@@ -104,7 +107,7 @@ def _training_blocks(loaded: Loaded, problems: list[str], warnings: list[str]) -
         blocks.append(("learning rate", plot(config.optimizer.learning_rate, config.training.train_iters)))
     rows = [(row.key, row.why) for row in loaded.without_effect]
     blocks.append(("accepted without effect here", _table(rows)))
-    warnings += _odd_lengths(config)
+    warnings += _odd_lengths(config) + trace_warnings(config)
     return blocks
 
 
@@ -193,14 +196,19 @@ def _packing(config: TrainConfig) -> str:
     seen = (
         "attention over all of a row" if batch.cross_document_attention else "attention within each document"
     )
-    return f"{cut}, {seen}" + (", masked spans left out of the loss" if batch.use_loss_masking_spans else "")
+    masks = {
+        True: ", masked spans left out of the loss",
+        False: "",
+        "auto": ", masked spans, if any, left out of the loss",
+    }
+    return f"{cut}, {seen}{masks[batch.use_loss_masking_spans]}"
 
 
 def _data_rows(
     config: TrainConfig, architecture: Architecture | None, problems: list[str], warnings: list[str]
 ) -> list[tuple[str, str]]:
     """Opens the data as training would; what is there and cannot be used is a problem, what is not there a warning."""
-    rows = []
+    rows, streams = [], []
     steps = config.batch.batch_size * config.training.train_iters
     for name, dataset in config.data.datasets.items():
         if any(f"data.datasets.{name}: " in warning for warning in warnings):
@@ -223,7 +231,12 @@ def _data_rows(
             )
             rows.append((name, "not there yet" if absent else "cannot be used"))
             continue
+        streams.append(stream)
         rows += [(name, _source_text(name, facts)) for facts in found]
+    problems += ids_outside_vocabulary(streams)
+    masked = [MASK_LANE in below.lanes for stream in streams for below in stream.datasets]
+    if config.batch.use_loss_masking_spans == "auto" and masked and not any(masked):
+        rows.append(("loss", NO_MASKS))
     return rows
 
 

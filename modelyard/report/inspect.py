@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from modelyard.data.foreign_file import is_foreign
 from modelyard.data.store import FORMAT
 from modelyard.errors import UserError, missing_path
 from modelyard.report.inspect_blocks import Inspection
@@ -32,7 +33,8 @@ def inspect_command(
     """Inspect what `words` name and show it. Returns the exit status: 1 with a fault, else 0.
 
     Args:
-        words: a store's, checkpoint's or model's folder; or config files and overrides, which `load` reads.
+        words: a store's, checkpoint's or model's folder, or what another program prepared (a `.bin`/`.idx` pair, a single
+            file); or config files and overrides, which `load` reads.
         options: what is shown, and how much.
         load: the config that the words make.
         html: where to write a page too; then the terminal gets the faults and warnings alone.
@@ -42,7 +44,7 @@ def inspect_command(
         UserError: there is nothing of these kinds there, or it cannot be opened.
     """
     folder = Path(words[0]).expanduser() if words else None
-    if folder is not None and folder.is_dir():
+    if folder is not None and (folder.is_dir() or is_foreign(folder)):
         if len(words) > 1:
             raise UserError(f"{folder} is inspected alone; what is '{words[1]}'?")
         inspection = Inspection(f"Inspection of {folder}")
@@ -57,7 +59,9 @@ def inspect_command(
 
 
 def _inspect_folder(folder: Path, options: Options, inspection: Inspection) -> None:
-    if stores := stores_of(folder):
+    if not folder.is_dir():
+        inspect_store(folder, options, inspection)
+    elif stores := stores_of(folder):
         for store in stores:
             inspect_store(store, options, inspection)
     elif _is_store(folder):
@@ -125,7 +129,7 @@ def _show(inspection: Inspection, options: Options, *, html: Path | None, as_jso
         from modelyard.report.inspect_html import page_of
         from modelyard.report.page import write_page
 
-        write_page(html, page_of(inspection))
+        write_page(html, page_of(inspection), option="--html")
     if as_json:
         values = {**inspection.values, "faults": inspection.faults, "warnings": inspection.warnings}
         print(json.dumps(values, ensure_ascii=True, allow_nan=False))

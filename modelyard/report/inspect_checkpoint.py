@@ -17,15 +17,22 @@ from modelyard.config.disk import size
 from modelyard.config.huggingface import read_config
 from modelyard.config.train import TrainConfig
 from modelyard.errors import UserError
-from modelyard.files import MANIFEST, damage, numbered_folders
+from modelyard.files import CHECKSUM_LIMIT, MANIFEST, damage, numbered_folders
 from modelyard.model.formats import open_huggingface
 from modelyard.model.formats.source import fit_problems
 from modelyard.report.inspect_blocks import Facts, Heading, Inspection, Note, Table
 from modelyard.report.inspect_data import Options, progress
-from modelyard.train.checkpoint import CHECKSUM_LIMIT, Checkpoint
+from modelyard.train.checkpoint import Checkpoint
 from modelyard.train.resume import flatten
 
-_MODEL = "model."
+_STRETCHED = ("type", "theta", "scale_factor", "original_context_length")
+_ROTARY = {
+    "none": ("type",),
+    "default": ("type", "theta"),
+    "llama3": (*_STRETCHED, "low_frequency_factor", "high_frequency_factor"),
+    "yarn": (*_STRETCHED, "attention_factor", "beta_fast", "beta_slow"),
+}
+"""What each kind of rotary positions depends on."""
 _SECOND_MOMENT = ".exp_avg_sq"
 _SLICE = 1 << 18
 """Values of a tensor that are measured at a time: they stay in the cache between the passes."""
@@ -227,14 +234,11 @@ def _architecture_rows(architecture: Architecture) -> list[tuple[str, str]]:
     rows = [("parameters", f"{architecture.parameter_count():,}")]
     for field in dataclasses.fields(architecture):
         value = getattr(architecture, field.name)
-        if value is None:
+        if value is None or (field.name == "full_attention_layers" and architecture.window_size is None):
             continue
         if field.name == "rotary":
-            known = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-            plain = value.type == "default"  # the others say how positions are stretched
-            text = ", ".join(
-                f"{k} {_word(v)}" for k, v in known.items() if k in ("type", "theta") or not plain
-            )
+            known = {name: getattr(value, name) for name in _ROTARY[value.type]}
+            text = ", ".join(f"{k} {_word(v)}" for k, v in known.items() if v is not None)
         else:
             text = _word(value)
         rows.append((field.name.replace("_", " "), text))

@@ -20,7 +20,7 @@ from modelyard.data.store import MASK_LANE
 from modelyard.data.stream import DataStream
 from modelyard.data.tokenizer_difference import tokenizer_difference
 from modelyard.errors import UserError
-from modelyard.plan.summary import ANY_VOCABULARY
+from modelyard.plan.summary import ANY_VOCABULARY, NO_MASKS
 from modelyard.report.inspect_blocks import Facts, Heading, Inspection, Note, Table
 from modelyard.report.inspect_data import (
     Options,
@@ -57,14 +57,18 @@ def inspect_config(loaded: Loaded, options: Options, inspection: Inspection) -> 
     batch = config.batch
     inspection.add(Heading("batch"), Facts(_batch_facts(config, loaded)))
     first: tuple[DataStream, list[_Part]] | None = None
+    masked: list[bool] = []
     for name in _names_read(config):
         stream = _open(config, name, vocab_size, inspection)
         if stream is None:
             continue
         parts = _parts(config, name, stream, vocab_size, options, inspection)
+        masked += [MASK_LANE in dataset.lanes for dataset in stream.datasets]
         _show_dataset(config, name, stream, parts, options, inspection)
         if name == "training":
             first = (stream, parts)
+    if batch.use_loss_masking_spans == "auto" and masked and not any(masked):
+        inspection.add(Note(f"{NO_MASKS[0].upper()}{NO_MASKS[1:]}."))
     if first is None:
         return
     stream, parts = first
@@ -108,9 +112,11 @@ def _batch_facts(config: TrainConfig, loaded: Loaded) -> list[tuple[str, str]]:
         ),
         (
             "loss",
-            "on what the loss mask leaves"
-            if batch.use_loss_masking_spans
-            else "on every token, without a loss mask",
+            {
+                True: "on what the loss mask leaves",
+                False: "on every token, without a loss mask",
+                "auto": "on what the loss mask leaves, where the data has one",
+            }[batch.use_loss_masking_spans],
         ),
         (
             "vocabulary",

@@ -102,14 +102,14 @@ def mask_kinds(mask: np.ndarray | None, count: int) -> list[CellKind]:
 
 
 def length_chart(name: str, lengths: Lengths, capacity: int | None = None) -> Histogram:
-    """Documents by length, in powers of two; buckets that are all beyond `capacity` tokens are marked."""
+    """Documents by length, in powers of two and cut at `capacity` tokens; buckets beyond it are marked."""
     bars = [
         (
             f"{first:,}" if first == last else f"{first:,}–{last:,}",
             count,
             capacity is not None and first > capacity,
         )
-        for first, last, count in lengths.buckets()
+        for first, last, count in lengths.buckets(capacity)
     ]
     remark = f"longer than a row of {capacity:,} tokens" if capacity is not None else ""
     return Histogram(f"documents of {name} by length (tokens)", bars, remark)

@@ -55,17 +55,24 @@ class Lengths:
         tokens = int((counts * np.arange(length + 1, length + 1 + len(counts))).sum()) + int(far.sum())
         return int(counts.sum()) + len(far), tokens
 
-    def buckets(self) -> list[tuple[int, int, int]]:
-        """(shortest, longest, documents) of powers of two, from the shortest document to the longest."""
+    def buckets(self, edge: int | None = None) -> list[tuple[int, int, int]]:
+        """(shortest, longest, documents) of powers of two, from the shortest document to the longest.
+
+        The one that holds `edge` ends there, and what is longer has a bucket of its own.
+        """
         found = []
         first, last = 0, 0
         total = self.documents
         seen = 0
         while seen < total:
-            count = self.longer_than(first - 1)[0] - self.longer_than(last)[0]
-            if count or seen:
-                found.append((first, last, count))
-            seen += count
+            parts = [(first, last)]
+            if edge is not None and first <= edge < last:
+                parts = [(first, edge), (edge + 1, last)]
+            for low, high in parts:
+                count = self.longer_than(low - 1)[0] - self.longer_than(high)[0]
+                if count or 0 < seen < total:
+                    found.append((low, high, count))
+                seen += count
             first, last = last + 1, max(1, 2 * last + 1)
         return found
 

@@ -1,4 +1,7 @@
-"""`modelyard inspect STORE`: what a token store holds, and some of its documents as people read them. No torch."""
+"""`modelyard inspect STORE`: what a token store holds, and some of its documents as people read them. No torch.
+
+What other programs prepared is opened as training opens it; it says nothing of its tokenizer and its vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import numpy as np
 
 from modelyard.config.disk import size
 from modelyard.data.datasets import StoredDataset
+from modelyard.data.foreign import ForeignStore
 from modelyard.data.order import derive_key, keyed_hash
 from modelyard.data.output import RECORD
 from modelyard.data.store import MASK_LANE, TokenStore
@@ -39,30 +43,36 @@ from modelyard.report.inspect_tokens import Vocabulary
 
 def inspect_store(path: Path, options: Options, inspection: Inspection) -> None:
     """Add everything there is to see of the store at `path`. Raises UserError where it cannot be opened."""
-    store = TokenStore(path)
     dataset = StoredDataset(path)
+    store = dataset.store
+    own = store if isinstance(store, TokenStore) else None
     chosen = _chosen(store, options)
-    origin = Origin([store.manifest], [path])
+    origin = Origin([own.manifest], [path]) if own else Origin([], [])
     tokenizer = open_tokenizer(dataset.tokenizer_folder, inspection)
-    _check_tokenizer(store, tokenizer, inspection)
+    if own:
+        _check_tokenizer(own, tokenizer, inspection)
     lengths = read_lengths(dataset)
     with progress(str(path), min(store.num_tokens, options.scan_limit)) as advance:
         found = scan(
             dataset,
-            vocabularies={f"the vocabulary of the store ({store.vocab_size:,} tokens)": store.vocab_size},
+            vocabularies={f"the vocabulary of the store ({own.vocab_size:,} tokens)": own.vocab_size}
+            if own
+            else {},
             bos=origin.token("bos"),
             eos=origin.token("eos"),
             limit=options.scan_limit,
             progress=advance,
         )
-    inspection.add(Heading(f"store {path}"), Facts(_facts(store, lengths, found)))
+    inspection.add(Heading(f"store {path}"), Facts(_facts(dataset, lengths, found)))
     if record := _prepared_from(path):
         inspection.add(Heading("prepared from"), Facts(record))
     inspection.add(length_chart(str(path), lengths))
     judge(inspection, dataset, lengths, found)
     separator_warning(inspection, tokenizer, origin, str(path))
-    if options.verify:
-        inspection.fault(*store.verify())
+    if options.verify and own:
+        inspection.fault(*own.verify())
+    elif options.verify:
+        inspection.warn(f"{path} has no checksums: --verify can find nothing more in it")
     _show_documents(store, chosen, Vocabulary(tokenizer), options, inspection)
     inspection.values.setdefault("stores", []).append(
         {
@@ -71,7 +81,7 @@ def inspect_store(path: Path, options: Options, inspection: Inspection) -> None:
             "tokens": store.num_tokens,
             "vocab_size": store.vocab_size,
             "fingerprint": store.fingerprint,
-            "tokenizer": store.manifest.get("tokenizer"),
+            "tokenizer": own.manifest.get("tokenizer") if own else None,
             "trained_share": _trained_share(found),
             **length_values(lengths),
             **scan_values(found),
@@ -92,19 +102,31 @@ def _trained_share(found: Scan) -> float | None:
     return None if found.masked is None or not found.tokens else 1 - found.masked / found.tokens
 
 
-def _facts(store: TokenStore, lengths: Lengths, found: Scan) -> list[tuple[str, str]]:
-    manifest = store.manifest
-    total = sum(facts["bytes"] for facts in manifest["files"].values())
-    shards = len(manifest["shards"])
+def _facts(dataset: StoredDataset, lengths: Lengths, found: Scan) -> list[tuple[str, str]]:
+    store = dataset.store
+    manifest = store.manifest if isinstance(store, TokenStore) else {}
+    tokenizer = manifest.get("tokenizer") or {}
+    if isinstance(store, TokenStore):
+        files = [facts["bytes"] for facts in manifest["files"].values()]
+        shards = len(manifest["shards"])
+        kind = f"{manifest['dtype']}, {shards} shard{'s' if shards > 1 else ''}"
+        vocabulary = f"{store.vocab_size:,} tokens"
+        lanes = [f"{name} ({kind})" for name, kind in manifest["lanes"].items()]
+    else:
+        files = [file.stat().st_size for file in store.files]
+        kind = f"{store.dtype.name}, prepared by another program"
+        vocabulary = "unknown"
+        lanes = [f"{name} (from spans)" for name in store.lanes]
     rows = [
         ("documents", f"{store.num_documents:,}"),
-        ("tokens", f"{store.num_tokens:,} ({manifest['dtype']}, {shards} shard{'s' if shards > 1 else ''})"),
+        ("tokens", f"{store.num_tokens:,} ({kind})"),
         ("lengths", percentiles(lengths)),
-        ("vocabulary", f"{store.vocab_size:,} tokens, the largest id met is {found.largest:,}"),
+        ("vocabulary", f"{vocabulary}, the largest id met is {found.largest:,}"),
     ]
     for role, name in (("bos", "begin token"), ("eos", "end token")):
-        token = (manifest.get("tokenizer") or {}).get(role)
-        rows.append((name, f"{token['token']} ({token['id']})" if token else "none"))
+        token = tokenizer.get(role)
+        said = "none" if manifest else "unknown"
+        rows.append((name, f"{token['token']} ({token['id']})" if token else said))
     trained = _trained_share(found)
     if trained is None:
         rows.append(
@@ -113,13 +135,10 @@ def _facts(store: TokenStore, lengths: Lengths, found: Scan) -> list[tuple[str, 
     else:
         rows.append(("loss mask", f"{trained:.1%} of the tokens are trained on, {found.masked:,} are masked"))
     rows += [
-        ("lanes", ", ".join(f"{name} ({kind})" for name, kind in manifest["lanes"].items()) or "none"),
-        ("on disk", f"{size(total)} in {len(manifest['files'])} files"),
-        (
-            "checked",
-            f"{scan_text(StoredDataset(store.path), found)}; {found.copies:,} copies of other documents",
-        ),
-        ("tokenizer", (manifest.get("tokenizer") or {}).get("fingerprint") or "unknown"),
+        ("lanes", ", ".join(lanes) or "none"),
+        ("on disk", f"{size(sum(files))} in {len(files)} file{'s' if len(files) > 1 else ''}"),
+        ("checked", f"{scan_text(dataset, found)}; {found.copies:,} copies of other documents"),
+        ("tokenizer", tokenizer.get("fingerprint") or "unknown"),
         ("fingerprint", store.fingerprint),
     ]
     return rows
@@ -171,7 +190,7 @@ def _prepared_from(path: Path) -> list[tuple[str, str]]:
     return rows
 
 
-def _chosen(store: TokenStore, options: Options) -> list[int]:
+def _chosen(store: TokenStore | ForeignStore, options: Options) -> list[int]:
     """The documents to show: the one asked for, or the first and some drawn by seed."""
     if options.document is not None:
         number = options.document
@@ -193,7 +212,7 @@ def _chosen(store: TokenStore, options: Options) -> list[int]:
 
 
 def _show_documents(
-    store: TokenStore,
+    store: TokenStore | ForeignStore,
     chosen: Sequence[int],
     vocabulary: Vocabulary,
     options: Options,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from rich.box import SIMPLE_HEAD
@@ -30,6 +30,7 @@ from modelyard.report.inspect_blocks import (
 
 _WIDEST = 140
 _UNKNOWN_WIDTH = 110
+_ENDLESS = 1_000_000
 _BAR = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 # Two shades a kind, in turn, so that tokens can be told apart; from the sixteen colours that every theme makes legible.
@@ -49,7 +50,10 @@ class Terminal:
         self._stream = stream or sys.stdout
         there = Console(file=self._stream)
         self._colour = there.is_terminal and "NO_COLOR" not in os.environ
-        width = there.width if there.is_terminal or "COLUMNS" in os.environ else _UNKNOWN_WIDTH
+        known = there.is_terminal or "COLUMNS" in os.environ
+        self._folds = known
+        """Whether tables have to fit: what is written to a file or a pipe is searched and cut by column."""
+        width = there.width if known else _UNKNOWN_WIDTH
         self._console = Console(
             # Without colours the lines go through `show`, which takes the spaces at their ends away.
             file=self._stream if self._colour else io.StringIO(),
@@ -102,6 +106,9 @@ class Terminal:
         self._console.print(shown, overflow="ignore" if whole else "fold", soft_wrap=whole)
 
     def _facts(self, block: Facts) -> None:
+        if not self._folds:
+            self._names_and_values([(f"  {clean(name)}", value) for name, value in block.rows])
+            return
         grid = RichTable.grid(padding=(0, 2))
         grid.add_column(no_wrap=True)
         grid.add_column(overflow="fold")
@@ -109,20 +116,39 @@ class Terminal:
             grid.add_row(Text(f"  {clean(name)}", "dim" if self._colour else ""), Text(clean(value)))
         self._console.print(grid)
 
+    def _names_and_values(self, rows: Sequence[tuple[str, str]]) -> None:
+        """A line each, never broken here."""
+        width = max((cell_len(name) for name, _ in rows), default=0)
+        for name, value in rows:
+            self._line(f"{name}{' ' * (width - cell_len(name))}  {value}", whole=True)
+
     def _table(self, block: Table) -> None:
+        """Columns where they fit; else a block of lines for each row, so that no number or name is ever broken."""
         table = RichTable(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 0))
         for number, column in enumerate(block.columns):
-            words = number in block.words
             table.add_column(
-                clean(column), justify="left" if words else "right", overflow="fold", no_wrap=not words
+                clean(column), justify="left" if number in block.words else "right", no_wrap=True
             )
         for row in block.rows:
             table.add_row(*(Text(clean(cell)) for cell in row))
-        if Measurement.get(self._console, self._console.options, table).maximum + 2 * len(block.columns) <= (
-            self._console.width
-        ):
+        # Measured where there is room for anything: in the console's own width it never says more than that.
+        width = Measurement.get(self._console, self._console.options.update(width=_ENDLESS), table).maximum
+        screen = self._console.width
+        if width + 2 * len(block.columns) <= screen or not self._folds:
             table.padding = (0, 1)
+            width += 2 * len(block.columns)
+        elif width > screen:
+            self._stacked(block)
+            return
+        self._console.width = max(screen, width)
         self._console.print(table)
+        self._console.width = screen
+
+    def _stacked(self, block: Table) -> None:
+        for row in block.rows:
+            self._line(f"  {block.columns[0]} {row[0]}", whole=True)
+            named = zip(block.columns[1:], row[1:], strict=True)
+            self._names_and_values([(f"    {clean(name)}", value) for name, value in named if value])
 
     def _histogram(self, block: Histogram) -> None:
         most = max((count for _, count, _ in block.bars), default=0)

@@ -99,18 +99,18 @@ def embedded_json(data: object) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def write_page(path: Path, page: str) -> None:
+def write_page(path: Path, page: str, *, option: str = "--output") -> None:
     """Write `page` to `path`, complete or not at all. Replaces an earlier page of this program, or an empty file.
 
-    Raises UserError where `path` is something else, or cannot be written.
+    Raises UserError where `path` is something else, or cannot be written; `option` is how the user named it.
     """
     if path.is_dir():
         raise UserError(
-            f"{path} is a folder: name a file for the page, such as --output {path / 'page.html'}"
+            f"{path} is a folder: name a file for the page, such as {option} {path / 'page.html'}"
         )
     if path.exists() and not _is_ours(path):
         raise UserError(
-            f"{path} is there and is no page that modelyard wrote: name another file with --output"
+            f"{path} is there and is no page that modelyard wrote: name another file with {option}"
         )
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -121,7 +121,7 @@ def write_page(path: Path, page: str) -> None:
         with suppress(OSError):
             temporary.unlink()
         reason = UserError(
-            f"{path} cannot be written: {error.strerror or error} (--output names another file)"
+            f"{path} cannot be written: {error.strerror or error} ({option} names another file)"
         )
         raise (disk_full_error(error, path) or reason) from error
 

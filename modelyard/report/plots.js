@@ -370,7 +370,7 @@ class PhasePlot extends Plot {
     for (const layer of this.layers) {
       const swatch = make("svg", { class: "swatch", width: 14, height: 12, "aria-hidden": "true" },
         make("rect", { class: `phase-${layer.index}`, width: 14, height: 12 }), make("rect", { class: `hatch hatch-${layer.index}`, width: 14, height: 12 }));
-      this.addEntry(swatch, layer.name === "data" ? "waiting for data" : layer.name, layer);
+      this.addEntry(swatch, layer.name === "data" ? "getting batches" : layer.name, layer);
     }
   }
 

@@ -275,12 +275,18 @@ def _events(path: Path, remarks: list[str]) -> list[Event] | None:
 
 
 def _add_last_seconds(run: Run) -> None:
-    """Count what came after the last record (its save, its evaluation) with that record."""
+    """Count what came after the last record (its save, its evaluation) with that record.
+
+    What a session spent that ended before the run's first record counts with that one, which a later session wrote.
+    """
+    iterations = run.training["iteration"]
+    if not len(iterations):
+        return
     for event in run.events or []:
-        record = np.searchsorted(run.training["iteration"], event.iteration, side="right") - 1
+        record = max(0, int(np.searchsorted(iterations, event.iteration, side="right")) - 1)
         for phase, seconds in event.seconds.items():
             column = run.training.get(f"seconds.{phase}")
-            if column is not None and record >= 0 and math.isfinite(seconds):
+            if column is not None and math.isfinite(seconds):
                 column[record] = np.nan_to_num(column[record]) + seconds
 
 

@@ -155,15 +155,16 @@ def _phase_table(runs: list[Run], called: list[str]) -> str:
                 f'<td class="number">{units.duration(seconds)}</td>'
                 f'<td class="number">{units.share(seconds / whole if seconds is not None and whole else None)}</td>'
             )
-        label = {"data": "waiting for data"}.get(phase, phase)
+        label = {"data": "getting batches"}.get(phase, phase)
         lines.append(f'<tr><th scope="row">{label}</th>{"".join(cells)}</tr>')
     return f"""\
 <section aria-labelledby="phases-title">
-<h2 id="phases-title">Time per phase, all of it</h2>
+<h2 id="phases-title">Time per phase, the whole run</h2>
 <div class="panel scroll"><table id="phases"><thead><tr><td></td>{head}</tr></thead>
 <tbody>{"".join(lines)}</tbody></table></div>
-<p class="muted below">Wall-clock time between the records. Forward includes the gradients that the fused cross-entropy makes
-on the way.</p>
+<p class="muted below">Wall-clock time of all sessions, pauses left out. A session that was killed wrote nothing after its last
+record: that time is missing, and of steps that were taken twice only the second is here. Forward includes the gradients that
+the fused cross-entropy makes on the way.</p>
 </section>"""
 
 

@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from modelyard.config.traces import trace_warnings
+from modelyard.train.build import compiles
+
 if TYPE_CHECKING:
     from modelyard.train.state import Run
 
@@ -22,6 +25,12 @@ def announce(run: Run, remarks: list[str]) -> None:
     )
     for line in run.stream.describe():
         console.line(line)
+    for line in trace_warnings(config):
+        console.line(f"warning: {line}")
+    if compiles(config, run.device):
+        console.line(
+            "blocks are compiled: the first iteration takes longer than those after it, up to minutes"
+        )
 
 
 def say_start(run: Run) -> None:
@@ -54,8 +63,8 @@ def farewell(run: Run) -> None:
     console.line(f"  checkpoints  {folder / 'checkpoint'}")
     board = f", tensorboard --logdir {folder / 'tensorboard'}" if run.config.training.logs.tensorboard else ""
     console.line(f"  metrics      {folder / 'metrics.jsonl'}{board}")
-    if run.config.training.export.interval:
-        console.line(f"  export       {folder / 'export'}")
+    if (export := run.export_folder) is not None and export.exists():
+        console.line(f"  export       {export}")
     console.line(f"  try          modelyard generate {folder} --prompt '…'")
 
 

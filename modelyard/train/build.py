@@ -45,7 +45,6 @@ def loss_options(model: BaseModelConfig) -> LossOptions:
     return LossOptions(
         implementation="fused" if model.cross_entropy_impl == "triton" else model.cross_entropy_impl,
         z_loss=model.logit_z_loss,
-        logits_scale=model.logits_scale_factor,
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,12 +27,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from modelyard.config.architecture import Architecture, Rotary
 from modelyard.errors import UserError, missing_path
-from modelyard.files import complete_or_absent, damage, numbered_folders, write_json
+from modelyard.files import CHECKSUM_LIMIT, complete_or_absent, damage, numbered_folders, write_json
 from modelyard.train.torch_private import SafeFileSystemReader
 
 FORMAT_VERSION = 1
-CHECKSUM_LIMIT = 4 * 2**30
-"""Bytes up to which a checkpoint's checksums are verified before it is used; larger ones have their sizes checked."""
 
 
 def save_checkpoint(
@@ -165,7 +164,8 @@ def architecture_from(fields: Mapping[str, Any]) -> Architecture:
 
 def open_checkpoint(path: Path) -> Checkpoint | None:
     """The checkpoint that `path` names: a checkpoint folder, or the newest whole one of an experiment; None when it is
-    neither. Raises UserError where what is there is damaged; files are verified once."""
+    neither. A damaged one that is passed over is named on standard error. Raises UserError where all that is there is
+    damaged; files are verified once."""
     if (path / "state.json").is_file() and (path / ".metadata").is_file():
         return Checkpoint(path)
     for directory in (path / "checkpoint", path):
@@ -175,6 +175,9 @@ def open_checkpoint(path: Path) -> Checkpoint | None:
             damaged: list[str] = []
             for folder in reversed(found):
                 if not (problems := Checkpoint.problems(folder)):
+                    if damaged:
+                        passed_over = f"warning: checkpoint {found[-1]} is damaged ({damaged[0]})"
+                        print(f"{passed_over}; {folder} is used instead", file=sys.stderr)
                     return Checkpoint(folder, verify=False)
                 damaged = damaged or problems
             raise UserError(*damaged)

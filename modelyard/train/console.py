@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from modelyard.files import leave_stdout
 from modelyard.train.appending import AppendedFile
 
 
@@ -17,6 +19,7 @@ class Console:
         self._file: AppendedFile | None = None
         self._early = ""
         self._progress: Any = None
+        self._gone = False
 
     def open_log(self, path: Path) -> None:
         """Append to `path` from here on, beginning with the lines so far."""
@@ -39,15 +42,15 @@ class Console:
             self._progress.start()
 
     def line(self, text: str) -> None:
-        if self._progress is not None:
-            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            try:
+        try:
+            if self._progress is not None:
+                self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            elif not self._gone:
                 print(text, flush=True)
-            except BrokenPipeError:
-                raise
-            except OSError:
-                pass  # standard output lies on a full disk; what is left in its buffer is tried again
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):
+                self._reader_left()
+            # Else standard output lies on a full disk; what is left in its buffer is tried again.
         now = datetime.now().isoformat(sep=" ", timespec="seconds")
         lines = "".join(f"{now}  {part}\n" for part in text.splitlines())
         if self._file is None:
@@ -55,17 +58,31 @@ class Console:
         else:
             self._file.write(lines)
 
+    def _reader_left(self) -> None:
+        """The pipe's reader (`| head`) or the terminal is gone: the run goes on, and what follows is in the log."""
+        self._gone = True
+        leave_stdout()
+        self.stop_bar()
+        self.line("standard output is gone; what follows is said here alone")
+
     def advance(self, iteration: int, loss: float) -> None:
         if self._progress is not None:
             self._progress.update(self._task, completed=iteration, description=f"loss {loss:.4f}")
 
     def stop_bar(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        progress, self._progress = self._progress, None
+        if progress is not None:
+            try:
+                progress.stop()
+            except OSError:
+                self._reader_left()
 
     def close(self) -> None:
         self.stop_bar()
         if self._file is not None:
             self._file.close()
             self._file = None
+        try:
+            sys.stdout.flush()
+        except OSError:  # the disk under it stayed full
+            leave_stdout()

@@ -10,7 +10,7 @@ from modelyard.data.datasets import stores
 from modelyard.data.store import TokenStore
 from modelyard.data.stream import DataStream
 from modelyard.data.tokenizer_difference import tokenizer_difference
-from modelyard.train.checkpoint import CHECKSUM_LIMIT
+from modelyard.files import CHECKSUM_LIMIT
 
 
 def stores_read(streams: Sequence[DataStream]) -> list[TokenStore]:

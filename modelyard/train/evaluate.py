@@ -6,6 +6,8 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from modelyard.config.loader import Loaded
 from modelyard.errors import UserError, missing_path
 from modelyard.model.formats import load_weights
@@ -40,9 +42,10 @@ def evaluate(loaded: Loaded, *, checkpoint: Path | None, as_json: bool) -> int:
         print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
 
     device = compute_device()
-    model = build_model(source.architecture, device)
+    dtype = DTYPES[config.model.distributed.training_dtype]
+    model = build_model(source.architecture, device).to(torch.promote_types(dtype, torch.float32))
     load_weights(model, source, str(folder))
-    model.to(DTYPES[config.model.distributed.training_dtype])
+    model.to(dtype)
     say(f"checkpoint {folder}")
     tokenizer = None
     if "training" in config.data.datasets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -69,7 +70,8 @@ class Evaluators:
     ):
         self._config, self._device, self._say, self._stop = config, device, say, stop
         self._tokenizer_folder = tokenizer_folder
-        self._options = loss_options(config.model.base_model)
+        # What is trained for beside the loss is no part of the loss.
+        self._options = dataclasses.replace(loss_options(config.model.base_model), z_loss=0.0)
         entries = config.training.evaluators
         self._streams = {
             name: open_stream(config, entry.evaluator.dataset_name or name, architecture)

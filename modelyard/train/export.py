@@ -13,7 +13,7 @@ from modelyard.config.train import TrainConfig
 from modelyard.errors import UserError, missing_path
 from modelyard.files import numbered_folders
 from modelyard.model.formats import WeightSource, export_huggingface, open_huggingface
-from modelyard.train.checkpoint import open_checkpoint
+from modelyard.train.checkpoint import Checkpoint, open_checkpoint
 from modelyard.train.weights import DTYPES
 
 
@@ -56,6 +56,7 @@ def export_weights(
         tokenizer_folder=tokenizer_folder,
         reference_folder=Path(config.pretrained.path) if config.pretrained else None,
         sequence_length=config.batch.sequence_length,
+        replace=True,
     )
 
 
@@ -98,6 +99,20 @@ def open_model(path: Path) -> OpenModel:
     )
 
 
+def named_tokenizer(folder: Path | None) -> Path | None:
+    """What `--tokenizer` names, if it was given. Raises UserError where no tokenizer is there."""
+    if folder is None:
+        return None
+    if not folder.exists():
+        raise UserError(f"--tokenizer: {missing_path(folder)}")
+    if not folder.is_dir():
+        raise UserError(f"--tokenizer: {folder} is a file; name the folder that it lies in")
+    files = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    if not any((folder / name).is_file() for name in files):
+        raise UserError(f"--tokenizer: {folder} holds no tokenizer (none of {', '.join(files)})")
+    return folder
+
+
 def natural_family(architecture: Architecture) -> str:
     """The Hugging Face family that holds this shape."""
     return next((family for family in FAMILIES if can_export(architecture, family) is None), "llama")
@@ -110,9 +125,10 @@ def convert(
 
     A checkpoint is written in bf16 unless `dtype` says otherwise, a Hugging Face folder in its own type.
     """
-    model = open_model(source)
     if destination.exists():
         raise UserError(f"{destination} exists already; choose another folder or remove it")
+    tokenizer_folder = named_tokenizer(tokenizer_folder)
+    model = open_model(source)
     default = None if model.is_huggingface else torch.bfloat16
     export_huggingface(
         model.weights,
@@ -123,5 +139,6 @@ def convert(
         tokenizer_folder=tokenizer_folder or model.tokenizer_folder,
         reference_folder=model.folder if model.is_huggingface else None,
     )
-    print(f"wrote {destination}")
+    which = f"iteration {model.weights.iteration}, " if isinstance(model.weights, Checkpoint) else ""
+    print(f"wrote {destination} ({which}from {model.folder})")
     return 0

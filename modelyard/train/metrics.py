@@ -174,19 +174,16 @@ def _number(value: float | None, form: str) -> str:
 
 
 class IntervalMeter:
-    """Means and speed since the last log line, over steps alone (evaluations and saves are not counted)."""
+    """Speed since the last log line, over steps alone (evaluations and saves are not counted)."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        self.losses: list[float] = []
         self.seconds = self.data_wait = 0.0
         self.tokens = 0
 
-    def add(self, result: StepResult, seconds: float, data_wait: float, tokens: int) -> None:
-        if not result.skipped:
-            self.losses.append(result.loss)
+    def add(self, seconds: float, data_wait: float, tokens: int) -> None:
         self.seconds += seconds
         self.data_wait += data_wait
         self.tokens += tokens
@@ -196,17 +193,17 @@ def training_record(
     run: Run, result: StepResult, rate: float, meter: IntervalMeter, peak: float | None
 ) -> dict[str, Any]:
     """The metrics of this iteration; `loss` is its own over its whole batch, `loss_mean` that of the log interval."""
-    speed, length = meter.tokens / meter.seconds, run.config.batch.sequence_length
+    speed, length, progress = meter.tokens / meter.seconds, run.config.batch.sequence_length, run.progress
     return {
-        "iteration": run.progress.iteration,
+        "iteration": progress.iteration,
         "loss": _finite(result.loss),
         "learning_rate": rate,
         "grad_norm": _finite(result.grad_norm),
-        "tokens": run.progress.tokens,
+        "tokens": progress.tokens,
         "tokens_per_second": speed,
         "targets": result.targets,
-        "loss_mean": sum(meter.losses) / len(meter.losses) if meter.losses else None,
-        "skipped_steps": run.progress.skipped_steps,
+        "loss_mean": progress.loss_sum / progress.loss_count if progress.loss_count else None,
+        "skipped_steps": progress.skipped_steps,
         "data_wait_share": meter.data_wait / meter.seconds,
         "memory_bytes": peak_memory(run.device),
         "model_flops_per_second": model_flops_per_second(run.architecture, length, speed),

@@ -104,6 +104,9 @@ def _train(run: Run, remarks: list[str]) -> int:
             status = _loop(run, log)
             return status
         except BaseException as error:
+            if isinstance(error, UserError) and run.progress.iteration:
+                with suppress(RunFailed):  # data that cannot be read: what was trained until here is kept
+                    run.save()
             text = str(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"
             events.add("failed", run.progress.iteration, text, say=False)
             raise
@@ -130,7 +133,7 @@ def _loop(run: Run, log: MetricsLog) -> int:
     for result, rate, data_wait in run.steps():
         seconds = time.perf_counter() - begin
         for sums in (meter, total):
-            sums.add(result, seconds, data_wait, config.batch.tokens)
+            sums.add(seconds, data_wait, config.batch.tokens)
         console.advance(progress.iteration, result.loss)
         if training.logs.due(progress.iteration) or (run.finished and training.logs.interval):
             record = training_record(run, result, rate, meter, peak)
@@ -139,6 +142,7 @@ def _loop(run: Run, log: MetricsLog) -> int:
             seconds_left = pace * (training.train_iters - progress.iteration)
             console.line(training_line(record, training.train_iters, seconds_left))
             meter.reset()
+            progress.loss_sum, progress.loss_count = 0.0, 0
         _side_work(run, log)
         if run.stop:
             run.clock("checkpoint")

@@ -21,14 +21,13 @@ from modelyard.config.disk import export_bytes, size
 from modelyard.config.scales import rate_scales
 from modelyard.config.train import TrainConfig
 from modelyard.config.training import OnError
-from modelyard.data.stream import prefetched
+from modelyard.data.stream import ids_outside_vocabulary, prefetched
 from modelyard.errors import RunFailed, UserError
 from modelyard.files import (
     DISK_FULL,
     complete_or_absent,
     numbered_folders,
     prune,
-    remove_folder,
     set_aside,
     sync,
 )
@@ -69,6 +68,9 @@ class Progress:
     """Positions consumed, padding included."""
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    loss_sum: float = 0.0
+    """Of the steps since the last training record that were not skipped; with `loss_count` the record's `loss_mean`."""
+    loss_count: int = 0
 
 
 class Run:
@@ -99,7 +101,7 @@ class Run:
         )
 
         read = stores_read([self.stream, *self.evaluators.streams])
-        if problems := damaged_data(read):
+        if problems := damaged_data(read) + ids_outside_vocabulary([self.stream, *self.evaluators.streams]):
             raise UserError(*problems)
         for stream in (self.stream, *self.evaluators.streams):
             stream.describe()  # says what the first block shows: that no document fits in a row
@@ -239,18 +241,21 @@ class Run:
         if on_error == "stop":
             raise RunFailed(text)
 
+    @property
+    def export_folder(self) -> Path | None:
+        """Where this iteration's Hugging Face folder is or would be; None where none is asked for."""
+        family = self.config.training.export.format
+        return None if family is None else self.folder / "export" / family / str(self.progress.iteration)
+
     def export(self, *, replace: bool) -> None:
         """Write the Hugging Face folder of this iteration; with `replace` also where there is one of other weights."""
         from modelyard.train.export import export_weights
 
-        settings = self.config.training.export
-        assert settings.format is not None
-        directory = self.folder / "export" / settings.format
-        destination = directory / str(self.progress.iteration)
-        if replace and destination.exists():
-            # From before this run went back to an earlier checkpoint, perhaps with other settings.
-            remove_folder(destination)
-        if not destination.exists():
+        settings, destination = self.config.training.export, self.export_folder
+        assert destination is not None
+        directory = destination.parent
+        # Where it is replaced, it is from before this run went back to an earlier checkpoint, perhaps with other settings.
+        if replace or not destination.exists():
             needed = export_bytes(self.config, self.architecture)
             begin = time.perf_counter()
             try:
@@ -307,6 +312,8 @@ class Run:
                     self._count_skip(result.skipped)
                 else:
                     self.progress.skipped_in_a_row = 0
+                    self.progress.loss_sum += result.loss
+                    self.progress.loss_count += 1
                 yield result, rate, data_wait
                 clock("data")
 
@@ -321,10 +328,11 @@ class Run:
             f"({self.progress.skipped_in_a_row} in a row, the run stops at {limit})",
         )
         if self.progress.skipped_in_a_row >= limit:
+            before = numbered_folders(self.folder / "checkpoint")
+            kept = f"checkpoint {before[-1]} is untouched" if before else "there is no checkpoint yet"
             raise RunFailed(
                 f"{limit} steps in a row were skipped (last: {reason}); lower optimizer.learning_rate.base, look at "
-                f"the data around iteration {self.progress.iteration}, or raise training.max_skipped_steps; "
-                f"the last checkpoint in {self.folder / 'checkpoint'} is untouched"
+                f"the data around iteration {self.progress.iteration}, or raise training.max_skipped_steps; {kept}"
             )
 
 

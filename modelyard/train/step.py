@@ -22,7 +22,6 @@ class LossOptions:
 
     implementation: str = "auto"
     z_loss: float = 0.0
-    logits_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def loss_sum(model: Decoder, batch: Batch, options: LossOptions) -> torch.Tensor
         batch.labels.flatten(),
         implementation=options.implementation,
         z_loss=options.z_loss,
-        logits_scale=options.logits_scale,
+        logits_scale=model.architecture.logits_scale,
     )
 
 

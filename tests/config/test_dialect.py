@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from modelyard.config.dialect import repair
+from modelyard.config.loader import load_config
 from modelyard.config.yaml import parse_override, parse_yaml
+from modelyard.errors import UserError
+from tests.config.helpers import TINY, write
 
 
 def repaired(text: str) -> tuple[dict[str, Any], list[str]]:
@@ -124,3 +128,16 @@ def test_both_spellings_are_a_conflict() -> None:
     assert repair(document)[1] == [
         "x:4: data.truncate_documents is an older spelling of batch.truncate_documents, which is also given (x:2); keep one"
     ]
+
+
+def test_the_command_word_of_a_file(tmp_path: Path) -> None:
+    """`type: train_gpt` is the command line's `train gpt`; it says nothing of the run."""
+    loaded = load_config([write(tmp_path, "type: train_gpt\n" + TINY)])
+    assert loaded.notices[0].endswith(":1: type: train_gpt is left out: the command says what is done")
+    assert loaded.train == load_config([write(tmp_path, TINY, "plain.yaml")]).train
+    prepare = "type: prepare_gpt_memmap\noutput_path: o\ndataset: {path: x}\ntokenizer: {path: y}\n"
+    assert load_config([write(tmp_path, prepare)]).kind == "prepare"
+    with pytest.raises(UserError, match=r":1: type: evaluate_gpt: leave it out and run `modelyard evaluate`"):
+        load_config([write(tmp_path, "type: evaluate_gpt\n" + TINY)])
+    with pytest.raises(UserError, match="unknown key 'type'"):
+        load_config([write(tmp_path, "type: gpt\n" + TINY)])

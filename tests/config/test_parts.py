@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from itertools import product
+from pathlib import Path
 
 import pytest
 
+from modelyard.config.huggingface import write_config
+from modelyard.config.loader import Loaded, load_config
+from modelyard.config.migrate import migrate
+from modelyard.config.presets import PRESETS
+from tests.config.helpers import problems_of, write
 from tests.config.newest import BASE, BLOCK, SMALL, load_small, load_texts, problems_of_texts, small_problems
 
 # Blocks without a word about biases: the general keys hold, and they say yes.
@@ -70,6 +77,141 @@ def test_blocks_and_head_have_one_normalization() -> None:
         f"a:11: {BLOCK}normalization.type = 'rms_norm', but {BASE}head.normalization.type = 'layer_norm' (not given, the "
         "default); blocks and head have one normalization here: write the same in both"
     )
+
+
+# Over a preset or a pretrained model's shape
+
+START = """\
+training: {train_iters: 1}
+batch: {batch_size: 1}
+data: {datasets: {training: {type: random}}}
+run: {experiment_dir: x}
+"""
+QKV_BIASES = tuple(f"{BLOCK}mixer.{name}_layer.bias.enabled=true" for name in ("query", "key", "value"))
+EPSILON = f"{BLOCK}normalization.epsilon"
+EMBEDDING = f"{BASE}embeddings.word_embeddings.initialization"
+KINDS = pytest.mark.parametrize("kind", ["preset", "pretrained"])
+
+
+def over(folder: Path, kind: str, name: str) -> Path:
+    """A file with the shape called `name`: as a preset, or as a folder of which only the shape is taken."""
+    if kind == "preset":
+        return write(folder, START + f"model: {{preset: {name}}}\n")
+    model = folder / name
+    model.mkdir()
+    family = "qwen2" if name.startswith("qwen") else "llama"
+    (model / "config.json").write_text(
+        json.dumps(write_config(PRESETS[name], family=family, dtype="bfloat16"))
+    )
+    return write(folder, START + f"pretrained: {{path: {model}, model_weights: no}}\n")
+
+
+def biases_of(loaded: Loaded) -> tuple[bool, bool, bool]:
+    shape = loaded.architecture
+    assert shape is not None
+    return shape.qkv_bias, shape.output_bias, shape.mlp_bias
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("name", "overrides", "word", "where"),
+    [
+        ("llama-3.1-8b", QKV_BIASES, "only_attn_qkv", (True, False, False)),
+        ("llama-3.1-8b", (f"{BLOCK}mlp.add_linear_biases=true",), "only_mlp", (False, False, True)),
+        ("qwen-2.5-7b", (f"{BLOCK}mlp.add_linear_biases=false",), "only_attn_qkv", (True, False, False)),
+        ("qwen-2.5-7b", (f"{BLOCK}mixer.dense_layer.bias.enabled=true",), "only_attn", (True, True, False)),
+        ("qwen-2.5-7b", (f"{BLOCK}mixer.add_linear_biases=false",), "nowhere", (False, False, False)),
+    ],
+)
+def test_biases_of_other_layers_stay_those_of_the_shape(
+    kind: str,
+    name: str,
+    overrides: tuple[str, ...],
+    word: str,
+    where: tuple[bool, bool, bool],
+    tmp_path: Path,
+) -> None:
+    file = over(tmp_path, kind, name)
+    loaded = load_config([file], overrides)
+    assert loaded.train.model.base_model.transformer.add_linear_biases == word
+    assert biases_of(loaded) == where
+    migrated = migrate([file], overrides)
+    assert migrated.problems == []
+    assert f"add_linear_biases: {word}  # was " in migrated.text
+    assert biases_of(load_config([write(tmp_path, migrated.text, "migrated.yaml")])) == where
+
+
+def test_the_pretrained_shape_comes_before_the_presets(tmp_path: Path) -> None:
+    file = over(tmp_path, "pretrained", "qwen-2.5-7b")
+    loaded = load_config([file], ["model.preset=llama-3.1-8b", f"{BLOCK}mlp.add_linear_biases=no"])
+    assert biases_of(loaded) == (True, False, False)
+
+
+@KINDS
+def test_the_normalization_of_the_head_stays_that_of_the_shape(kind: str, tmp_path: Path) -> None:
+    file = over(tmp_path, kind, "qwen-2.5-7b")
+    place = "preset qwen-2.5-7b" if kind == "preset" else "qwen-2.5-7b/config.json"
+    assert problems_of([file], f"{EPSILON}=1e-5") == [
+        f"override 1: {EPSILON} = 1e-05, but {BASE}head.normalization.epsilon = 1e-06 (not given, that of {place}); "
+        "blocks and head have one normalization here: write the same in both"
+    ]
+    for overrides, epsilon in (
+        ((f"{EPSILON}=1e-6",), 1e-6),
+        ((f"{EPSILON}=1e-5", f"{BASE}head.normalization.epsilon=1e-5"), 1e-5),
+        ((f"{BLOCK}normalization.type=rms_norm",), 1e-6),
+    ):
+        shape = load_config([file], overrides).architecture
+        assert shape is not None
+        assert (shape.norm_type, shape.norm_epsilon) == ("rms_norm", epsilon)
+    migrated = migrate([file], [f"{EPSILON}=1e-6"])
+    assert migrated.problems == []
+    assert "epsilon: 1.0e-06  # was base_model.decoder.block.normalization.epsilon\n" in migrated.text
+    (problem,) = migrate([file], [f"{EPSILON}=1e-5"]).problems
+    assert problem.startswith(f"override 1: {EPSILON} = 1e-05, but ")
+
+
+@KINDS
+def test_the_embedding_is_tied_where_the_shape_says_so(kind: str, tmp_path: Path) -> None:
+    override = f"{EMBEDDING}={{type: normal, std: 0.5}}"
+    file = over(tmp_path, kind, "llama-3.2-1b")
+    loaded = load_config([file], [override])
+    assert loaded.train.model.base_model.init_method_std_embed == 0.5
+    assert loaded.architecture is not None
+    assert loaded.architecture.tie_word_embeddings
+    migrated = migrate([file], [override])
+    assert migrated.problems == []
+    assert (
+        "init_method_std_embed: 0.5  # was base_model.embeddings.word_embeddings.initialization\n"
+        in migrated.text
+    )
+    alone = over(tmp_path, kind, "llama-3.1-8b")  # its output layer has a start of its own
+    (problem,) = problems_of([alone], override)
+    assert problem.startswith(f"override 1: these begin alike here ({EMBEDDING}: std 0.5, {BASE}head.")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [f"{BLOCK}mlp.add_linear_biases=no", f"{EPSILON}=1e-06", f"{EMBEDDING}={{type: normal, std: 0.5}}"],
+)
+def test_what_only_an_absent_pretrained_model_could_tell(override: str, tmp_path: Path) -> None:
+    """Nothing is guessed: it is said, and `migrate` is not done."""
+    file = write(tmp_path, START + "pretrained: {path: not-there, model_weights: no}\n")
+    key = override.partition("=")[0]
+    transformer = f"{BASE}transformer"
+    (line,) = [line for line in load_config([file], [override]).notices if key in line and "not tr" in line]
+    assert line.startswith(f"override 1: {key} = ")
+    assert line.endswith(
+        " is not translated: what holds beside it is said by the preset or pretrained model, which cannot be read"
+    )
+    migrated = migrate([file], [override])
+    assert migrated.problems == [line]
+    assert f"# Not translated:\n#   {key}: " in migrated.text
+    # What is said whole needs no other word.
+    whole = {
+        f"{BLOCK}mlp.add_linear_biases=no": f"{transformer}.add_linear_biases=only_attn",
+        f"{EPSILON}=1e-06": f"{BASE}head.normalization.epsilon=1e-06",
+    }.get(override, f"{BASE}tied_embedding_weight=yes")
+    assert migrate([file], [whole, override]).problems == []
 
 
 @pytest.mark.parametrize(

@@ -50,3 +50,12 @@ def test_values_are_shown_as_they_are_written() -> None:
         "[1]",
     ]
     assert len(shown("x" * 100)) == 60
+
+
+def test_how_evaluators_are_switched_off(tmp_path: Path) -> None:
+    evaluators = "evaluators: {training: {interval: 5, evaluator: {type: loss, iterations: 1}}}"
+    file = write(tmp_path, TINY.replace("train_iters: 100", f"train_iters: 100, {evaluators}"))
+    assert list(load_config([file]).train.training.evaluators) == ["training"]
+    with pytest.raises(UserError, match=r"training.evaluators = null: expected a section .*, or {} for none"):
+        load_config([file], ["training.evaluators=null"])
+    assert load_config([file], ["training.evaluators={}"]).train.training.evaluators == {}

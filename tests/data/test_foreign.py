@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
+from modelyard.cli import main
 from modelyard.config.batch import BatchConfig
 from modelyard.config.data import DatasetConfig, SamplingConfig
 from modelyard.data import foreign, foreign_file
+from modelyard.data import stream as stream_module
 from modelyard.data.foreign_file import open_store
-from modelyard.data.stream import DataStream
+from modelyard.data.stream import DataStream, ids_outside_vocabulary
 from modelyard.errors import UserError
+from tests.config.helpers import TINY
 
 from .foreign_writers import write_file, write_pair
 from .in_memory import write_store
@@ -178,6 +181,69 @@ def test_tokens_outside_the_vocabulary_are_found_in_the_batch(tmp_path, value):
     path = write_pair(tmp_path / "p", [*DOCUMENTS, [1, value]], dtype="int64")
     with pytest.raises(UserError, match=rf"token {value} in document 4 of {path} is (outside|negative)"):
         stream(config(type="memmap", path=path)).batch(0)
+
+
+@pytest.mark.parametrize("write", [write_pair, write_file])
+@pytest.mark.parametrize(
+    ("dtype", "value", "said"),
+    [
+        ("int16", 299, None),
+        ("int16", 300, "is outside the model's vocabulary of 300: was the data prepared"),
+        ("uint16", 65535, "is outside the model's vocabulary of 300"),
+        ("int64", 5_000_000_000, "is outside"),
+        ("int32", -4, "is negative"),
+    ],
+)
+def test_ids_that_are_no_tokens_are_found_before_any_batch(tmp_path, monkeypatch, write, dtype, value, said):
+    monkeypatch.setattr(foreign, "_TOKENS_AT_ONCE", 64)
+    documents = [*many(700), [7, value, 8], *many(20), [value]]
+    path = write(tmp_path / "p", documents, dtype=dtype)
+    streams = [stream(config(type="memmap", path=path))] * 2
+    problems = ids_outside_vocabulary(streams)
+    assert len(problems) == (said is not None)
+    if said:
+        assert problems[0].startswith(f"token {value} in document 700 of {path} {said}")
+
+
+def test_only_the_documents_that_are_read_are_checked(tmp_path, monkeypatch):
+    """An empty document stands before the bad one; the slice of the other half has nothing wrong."""
+    path = write_pair(tmp_path / "p", [*DOCUMENTS, [300]], documents=[0, 1, 2, 3, 4, 4, 5])
+    good = write_pair(tmp_path / "good", DOCUMENTS)
+    memmap = {"type": "memmap", "path": path}
+    halves = [
+        stream(config(type="slice", dataset=memmap, begin=begin, end=begin + 0.5)) for begin in (0, 0.5)
+    ]
+    assert ids_outside_vocabulary(halves[:1]) == []
+    (line,) = ids_outside_vocabulary(halves)
+    assert line.startswith(f"token 300 in document 5 of {path} is outside")
+    both = config(type="concatenated", datasets=[{"type": "memmap", "path": good}, memmap])
+    assert ids_outside_vocabulary([stream(both)]) == [line]
+    monkeypatch.setattr(stream_module, "CHECKSUM_LIMIT", 4 * 11)
+    assert ids_outside_vocabulary(halves) == [line]  # 11 tokens of 4 bytes in both halves together
+    monkeypatch.setattr(stream_module, "CHECKSUM_LIMIT", 4 * 11 - 1)
+    assert ids_outside_vocabulary(halves) == []
+
+
+def test_bytes_that_cannot_be_outside_are_not_read(tmp_path, monkeypatch):
+    store = open_store(write_pair(tmp_path / "p", DOCUMENTS, dtype="uint8"))
+    monkeypatch.setattr(store, "_tokens", None)
+    assert store.outside_vocabulary(256, 0, 4) is None
+
+
+def test_training_and_validation_name_the_id_and_write_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = write_pair(tmp_path / "p", [[1, 2, 3] * 50, [4, 600]])
+    (tmp_path / "train.yaml").write_text(
+        TINY.replace("training: {type: random}", f"training: {{type: memmap, path: {path}}}")
+    )
+    line = f"token 600 in document 1 of {path} is outside the model's vocabulary of 512"
+    before = sorted(tmp_path.rglob("*"))
+    for verb in ("train", "validate"):
+        assert main([verb, "train.yaml"]) == 2
+        said = [line_ for line_ in capsys.readouterr().err.splitlines() if line in line_]
+        assert len(said) == 1
+        assert said[0].startswith("error: ")
+        assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_folder_of_pairs(tmp_path):

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from modelyard.cli import main
 from modelyard.config.prepare import PrepareConfig
 from modelyard.data import columns, sources
 from modelyard.data import prepare as prepare_module
@@ -561,7 +562,7 @@ def test_disk_is_checked_before_starting(tmp_path, texts_file, tokenizer_folder,
     monkeypatch.setattr(prepare_module.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(
         UserError,
-        match=r"has 0.0 GB free, and the tokens need about .* GB; dataset.disable_disk_space_check: true",
+        match=r"has 1000 B free, and the tokens need about 7.1 KiB; dataset.disable_disk_space_check: true",
     ):
         make(config(tmp_path, texts_file, tokenizer_folder))
     make(config(tmp_path, texts_file, tokenizer_folder, dataset={"disable_disk_space_check": True}))
@@ -601,3 +602,18 @@ def test_output_that_cannot_be_made_is_one_line(tmp_path, texts_file, tokenizer_
         with pytest.raises(UserError, match=r"output_path .* (is a file|cannot be made)") as caught:
             make(config(tmp_path, texts_file, tokenizer_folder, output_path=str(output)))
         assert len(caught.value.problems) == 1
+
+
+def test_no_tokenizer_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The line of the config, the key, and what makes one."""
+    (tmp_path / "texts.jsonl").write_text('{"text": "x"}\n')
+    file = tmp_path / "prepare.yaml"
+    file.write_text(
+        f"output_path: {tmp_path / 'out'}\ndataset: {{path: {tmp_path / 'texts.jsonl'}}}\n"
+        f"tokenizer:\n  path: {tmp_path / 'gone'}\n"
+    )
+    assert main(["prepare", str(file)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {file}:4: tokenizer.path: {tmp_path / 'gone'} does not exist (there is no 'gone' in {tmp_path}); "
+        "`modelyard tokenizer train` makes one\n"
+    )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from modelyard.config.prepare import PrepareConfig
+from modelyard.data import output as output_module
 from modelyard.data import prepare as prepare_module
 from modelyard.data import sources
 from modelyard.data.documents import tokenize_chunk
 from modelyard.data.output import STATE
 from modelyard.data.prepare import prepare
 from modelyard.errors import UserError
+from modelyard.files import replace_text
 
 from .test_prepare import TEXTS, checksums, config, make
 
@@ -217,3 +222,99 @@ def test_a_bad_record_leaves_nothing_to_go_on_with(tmp_path, write_jsonl, tokeni
     with pytest.raises(UserError, match=r"texts\.jsonl: record 301: field 'text' is null"):
         make(cfg)
     assert not (tmp_path / "out.tmp").exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_state_file_that_cannot_be_written_loses_nothing(
+    tmp_path, write_jsonl, tokenizer_folder, monkeypatch, code
+):
+    """At each save in turn; only at the first is there nothing yet to go on with."""
+    cfg = everything(tmp_path, write_jsonl(RECORDS[:120]), tokenizer_folder)
+    make(cfg.model_copy(update={"output_path": tmp_path / "whole"}))
+    whole = checksums(tmp_path / "whole")
+    real = os.fsync
+    calls, failing = 0, 0
+
+    def fails(path: Path, text: str) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            monkeypatch.setattr(os, "fsync", refuse)
+        try:
+            replace_text(path, text)
+        finally:
+            monkeypatch.setattr(os, "fsync", real)
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(output_module, "replace_text", fails)
+    kept = []
+    while True:
+        calls, failing = 0, failing + 1
+        try:
+            make(cfg)
+            break
+        except UserError as error:
+            (line,) = error.problems
+        there = (tmp_path / "out.tmp" / STATE).exists()
+        kept.append(there)
+        assert (tmp_path / "out.tmp").exists() == there
+        if code == errno.ENOSPC:
+            assert line.startswith(f"no space left while writing {tmp_path / 'out'}")
+            assert ("run the same again: it goes on where it was" in line) == there
+        else:
+            assert line.endswith("Input/output error")
+        lines: list[str] = []
+        calls = -1000
+        prepare(cfg, report=lines.append, terminal=False)
+        assert any("going on where an earlier start was stopped" in said for said in lines) == there
+        assert checksums(tmp_path / "out") == whole
+        shutil.rmtree(tmp_path / "out")
+    assert len(kept) > 3
+    assert kept == [False] + [True] * (len(kept) - 1)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+        mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("mounting a file system is not allowed here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up(tmp_path, write_jsonl, tokenizer_folder, small_disk, monkeypatch):
+    """Filled up by another when a state is to be saved; a start while it is full loses nothing either."""
+    cfg = everything(tmp_path, write_jsonl(RECORDS), tokenizer_folder)
+    make(cfg.model_copy(update={"output_path": tmp_path / "whole"}))
+    unchecked = cfg.dataset.model_copy(update={"disable_disk_space_check": True})
+    cfg = cfg.model_copy(update={"output_path": small_disk / "out", "dataset": unchecked})
+    ballast, saves = small_disk / "ballast", 0
+
+    def filled(path: Path, text: str) -> None:
+        nonlocal saves
+        saves += 1
+        if saves == 4:
+            with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while file.write(bytes(4096)):
+                    pass
+        replace_text(path, text)
+
+    monkeypatch.setattr(output_module, "replace_text", filled)
+    for _ in range(3):
+        with pytest.raises(UserError, match=r"no space left while writing .*goes on where it was"):
+            make(cfg)
+        assert (small_disk / "out.tmp" / STATE).stat().st_size > 100
+    ballast.unlink()
+    lines: list[str] = []
+    prepare(cfg, report=lines.append, terminal=False)
+    assert any("going on where an earlier start was stopped" in line for line in lines)
+    assert checksums(small_disk / "out") == checksums(tmp_path / "whole")

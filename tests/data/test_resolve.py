@@ -9,6 +9,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from modelyard.config.data import BlendedDataset, DatasetConfig, MemmapDataset, SampledDataset, SliceDataset
+from modelyard.data.foreign_file import open_store
 from modelyard.data.resolve import read_dataset_file, resolve
 from modelyard.errors import UserError
 
@@ -132,3 +133,14 @@ def test_a_folder_in_place_of_a_dataset_file(tmp_path):
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="it is a token store: write type: memmap"):
         read_dataset_file(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["file", "memmap"])
+@pytest.mark.parametrize("name", ["texts.jsonl", "texts.txt.gz", "texts.parquet"])
+def test_texts_in_the_place_of_prepared_tokens(tmp_path: Path, kind: str, name: str) -> None:
+    (tmp_path / name).write_text('{"text": "x"}')
+    config = TypeAdapter(DatasetConfig).validate_python({"type": kind, "path": str(tmp_path / name)})
+    with pytest.raises(
+        UserError, match=rf"{name} holds texts, not prepared tokens: run `modelyard prepare` on it"
+    ):
+        open_store(resolve(config).path)

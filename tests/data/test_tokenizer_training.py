@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
 
 from modelyard.config.prepare import PrepareConfig
@@ -77,3 +79,21 @@ def test_verb_reads_the_configs_source(tmp_path, write_jsonl, capsys):
     bad = config.model_copy(update={"dataset": config.dataset.model_copy(update={"field": "text"})})
     with pytest.raises(UserError, match=r"texts\.jsonl: record 1: no field 'text'; the record has 'body'"):
         run_tokenizer_train(bad, vocab_size=300, output=tmp_path / "other")
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path):
+    """The two small files fit, tokenizer.json does not."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "notes.txt").write_text("mine")
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        for folder in (tmp_path / "made" / "deep", tmp_path / "there"):
+            with pytest.raises(UserError, match=r"no space left while writing .*/tokenizer\.json"):
+                train_tokenizer(TEXTS, folder, vocab_size=300)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
+        "there",
+        "there/notes.txt",
+    ]

@@ -226,3 +226,10 @@ def test_epochs_of_packed_documents_count_rows(tmp_path: Path) -> None:
     loaded = load_tiny(tmp_path, f"data.datasets.training={{type: memmap, path: {a['path']}}}", *settings)
     text, _, _ = summarise(loaded)
     assert "400 tokens in 10 documents: 40.00 epochs" in text
+
+
+def test_no_masks_where_masks_are_wanted_if_there_are_any(tmp_path: Path) -> None:
+    named = f"data.datasets.training={json.dumps(store(tmp_path / 'plain', 10, 100))}"
+    said = "no dataset has a loss mask: every token is trained on (batch.use_loss_masking_spans: auto)"
+    assert said in summarise(load_tiny(tmp_path, named, "batch.use_loss_masking_spans=auto"))[0]
+    assert said not in summarise(load_tiny(tmp_path, named, "batch.use_loss_masking_spans=no"))[0]

@@ -21,6 +21,7 @@ from modelyard.data.tokenizer_training import train_tokenizer
 from tests.config.helpers import TINY
 from tests.conftest import ROOT
 from tests.data.conftest import sentence
+from tests.data.foreign_writers import write_file, write_pair
 
 BOS, EOS = 0, 1
 
@@ -258,6 +259,53 @@ def test_a_store_that_cannot_be_opened(run: Run, good: Path) -> None:
     status, out = run("good")
     assert status == 2
     assert "tokens_00000.bin" in out
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_other_programs_prepared(run: Run, tmp_path: Path, masked: bool) -> None:
+    documents = [[5, 6, 7], [8], [9, 10, 11, 250], [5, 6, 7]]
+    spans = [[(0, 1)], [], [(1, 1), (3, 3)], [(1, 1)]] if masked else None
+    half_open = [[(a, b + 1) for a, b in of_one] for of_one in spans] if spans else None
+    write_pair(tmp_path / "shard_0_0", documents, version=3, dtype="uint16", spans=spans)
+    write_file(tmp_path / "f.fast_llm_dataset", documents, spans=half_open)
+    write_file(tmp_path / "no_ending", documents, spans=half_open)
+    names = ("shard_0_0", "shard_0_0.idx", "shard_0_0.bin", "f.fast_llm_dataset", "no_ending")
+    for name in names:
+        status, values = values_of(run, name)
+        (store,) = values["stores"]
+        assert (status, store["path"], store["documents"], store["tokens"]) == (0, name, 4, 11)
+        assert (store["vocab_size"], store["tokenizer"], store["largest_token"]) == (None, None, 250)
+        assert store["length_quantiles"]["longest"] == 4
+        assert store["masked_tokens"] == (5 if masked else None)
+        assert any(f"{name}: 1 of 4 documents" in line for line in values["warnings"])
+    status, out = run("shard_0_0", "--document", 2, "--ids", "--verify")
+    assert status == 0
+    assert "11 (uint16, prepared by another program)" in out
+    assert "unknown, the largest id met is 250" in out
+    assert "in 2 files" in out
+    assert "has no checksums" in out
+    assert f"── document 2 · 4 tokens{' · 2 trained' if masked else ''}" in out
+    assert [int(n) for n in re.findall(r"⟨(\d+)⟩", out)] == [9, 10, 11, 250]
+
+
+def test_what_other_programs_prepared_and_is_damaged(run: Run, tmp_path: Path) -> None:
+    write_pair(tmp_path / "p", [[1, 2], [3]])
+    (tmp_path / "f.fast_llm_dataset").write_bytes(b"")
+    (tmp_path / "p.bin").unlink()
+    (tmp_path / "train.idx").write_bytes(b"")
+    (tmp_path / "train.bin").write_bytes(b"")
+    for words, said in (
+        (("p",), "p.bin is missing, and p.idx is of no use without it"),
+        (("p.idx",), "p.bin is missing, and p.idx is of no use without it"),
+        (("f.fast_llm_dataset",), "f.fast_llm_dataset begins with b''"),
+        (("p", "more"), "p is inspected alone; what is 'more'?"),
+        (("q",), "q does not exist"),
+    ):
+        status, out = run(*words)
+        assert (status, out.startswith("error: "), out.count("\n")) == (2, True, 1), out
+        assert said in out
+    config(tmp_path, training="{type: random}")  # train.yaml, beside a train.idx
+    assert "14 an iteration" in run("train.yaml")[1]
 
 
 def test_nothing_to_inspect(run: Run, tmp_path: Path) -> None:
@@ -585,3 +633,55 @@ def test_stores_and_configs_are_inspected_without_torch(tmp_path: Path) -> None:
         env={"PYTHONPATH": str(ROOT), "PATH": ""},
     )  # fmt: skip
     assert done.stdout.endswith("set()\n"), done.stderr
+
+
+# Narrow screens
+
+
+@pytest.mark.parametrize("columns", ["60", "80", None])
+def test_figures_are_never_broken(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: str | None
+) -> None:
+    """Whatever fits not is written below one another, and without a screen all of it is a line."""
+    name = "a-dataset-with-a-name-of-forty-characters"
+    make_store(tmp_path / name, None, [[0, *range(2, 102), 1]] * 12_345)
+    config(tmp_path, training=memmap(name))
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    _, out = run("train.yaml", "batch.use_loss_masking_spans=no", "batch.sequence_length=127", "--rows", 1)
+    table = out[out.index("\ndataset training") : out.index("\nMeasured over")]
+    if columns:
+        assert table.splitlines()[2:6] == [
+            f"  dataset {name}", "    documents  12,345", "    tokens     1,259,190", "    median     102"
+        ]  # fmt: skip
+    else:
+        assert re.search(rf"^{name} +12,345 +1,259,190 +102 +102 ", table, re.MULTILINE)
+
+
+def test_the_histogram_agrees_with_the_table(run: Run, tmp_path: Path) -> None:
+    """Rows have room for 8 tokens: of 5, 6, 8, 9, 10 and 20 three are longer, all of them in buckets that are marked."""
+    make_store(tmp_path / "s", None, [[0] * length for length in (5, 6, 8, 9, 10, 20)])
+    config(tmp_path, training=memmap("s"))
+    words = ["train.yaml", "batch.use_loss_masking_spans=no"]
+    _, out = run(*words)
+    bars = re.findall(r"^ +(\S+) [█▏▎▍▌▋▊▉]+ (\d+)(  \*)?$", out, re.MULTILINE)
+    assert bars == [("4–7", "2", ""), ("8", "1", ""), ("9–15", "2", "  *"), ("16–31", "1", "  *")]
+    assert values_of(run, *words)[1]["datasets"]["training"][0]["over_long_documents"] == 3
+
+
+def test_masks_wanted_where_there_are_any(run: Run, tmp_path: Path) -> None:
+    make_store(tmp_path / "plain", None, [[0, 5, 1]])
+    small(tmp_path / "s")
+    config(tmp_path, training=memmap("plain"))
+    said = "No dataset has a loss mask: every token is trained on (batch.use_loss_masking_spans: auto)."
+    auto = "batch.use_loss_masking_spans=auto"
+    _, out = run("train.yaml", auto)
+    assert said in " ".join(out.split())
+    _, out = run("train.yaml", auto, "data.datasets.training.path=s")
+    assert said not in " ".join(out.split())
+
+
+def test_a_page_over_somebody_elses_file(run: Run, good: Path) -> None:
+    Path("keep.txt").write_text("mine")
+    status, out = run("good", "--html", "keep.txt")
+    assert (status, "name another file with --html" in out, "--output" in out) == (2, True, False)

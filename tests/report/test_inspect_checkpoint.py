@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modelyard.cli import main
+from modelyard.config.architecture import Architecture, Rotary
 from modelyard.config.loader import load_config
-from modelyard.report.inspect_checkpoint import measure
+from modelyard.report.inspect_checkpoint import _architecture_rows, measure
 from modelyard.train.checkpoint import Checkpoint, save_checkpoint
 from tests.config.helpers import TINY, write
 
@@ -231,3 +233,15 @@ def test_a_page_of_a_checkpoint(inspect, experiment: Path, tmp_path: Path) -> No
     assert main(["inspect", str(experiment), "--html", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
     assert "<td>model.layers.*.mlp.up_proj.weight</td><td>2 × 256 × 64</td><td>float32</td>" in page
+
+
+def test_fields_that_do_not_apply_are_left_out() -> None:
+    shape = Architecture(100, 64, 2, 4, 2, 16, 128, rotary=Rotary("yarn", scale_factor=4.0))
+    rows = dict(_architecture_rows(shape))
+    assert "full attention layers" not in rows
+    assert rows["rotary"] == (
+        "type yarn, theta 10000.0, scale_factor 4.0, original_context_length 8,192, beta_fast 32.0, beta_slow 1.0"
+    )
+    windowed = replace(shape, window_size=32, full_attention_layers=1, rotary=Rotary("none"))
+    rows = dict(_architecture_rows(windowed))
+    assert (rows["window size"], rows["full attention layers"], rows["rotary"]) == ("32", "1", "type none")

@@ -11,6 +11,7 @@ import yaml
 
 from modelyard.errors import UserError
 from modelyard.report.run import PHASES, names, read_run
+from modelyard.report.summary import phase_seconds
 from tests.report.fake import START, event, record, write_run
 
 
@@ -141,6 +142,24 @@ def test_what_came_after_the_last_record_counts_with_it(tmp_path: Path) -> None:
     assert run.column("seconds.checkpoint").tolist() == [3.0, 4.0]
     assert run.column("seconds.evaluation").tolist() == [0.0, 5.0]
     assert run.column("seconds.forward").tolist() == [0.4, 0.4]
+
+
+def test_sessions_before_the_first_record_count_with_it(tmp_path: Path) -> None:
+    """Stopped at 3 and at 7, records every 10: what both spent is in the first record, and in the totals."""
+    ends = [
+        {**event("stopped", 3, 4.0), "seconds": {"forward": 1.0, "checkpoint": 2.0, "other": None}},
+        {**event("shutdown", 7, 9.0), "seconds": {"forward": 1.5, "backward": 3.0}},
+        {**event("stopped", 13, 30.0), "seconds": {"forward": 0.25}},
+    ]
+    folder = write_run(tmp_path / "run", [record(10), record(20)], events=ends)
+    run = read_run(folder)
+    assert run.column("seconds.forward").tolist() == pytest.approx([0.4 + 1.0 + 1.5 + 0.25, 0.4])
+    assert run.column("seconds.backward").tolist() == pytest.approx([3.8, 0.8])
+    assert run.column("seconds.checkpoint").tolist() == [2.0, 0.0]
+    totals = phase_seconds(run)
+    assert totals is not None
+    assert sum(totals.values()) == pytest.approx(4.0 + 3.0 + 4.5 + 0.25)
+    assert phase_seconds(read_run(write_run(tmp_path / "empty", [], events=ends))) is None
 
 
 def test_nothing_but_an_empty_file(tmp_path: Path) -> None:

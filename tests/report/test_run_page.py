@@ -140,7 +140,7 @@ def test_totals_of_the_phases(tmp_path: Path) -> None:
     table = re.search(r'<table id="phases">(.*?)</table>', page, re.DOTALL)
     assert table is not None
     rows = re.findall(r'<th scope="row">(.*?)</th><td[^>]*>(.*?)</td><td[^>]*>(.*?)</td>', table[1])
-    assert rows[0] == ("waiting for data", "1 s", "25.0%")
+    assert rows[0] == ("getting batches", "1 s", "25.0%")
     assert rows[2] == ("backward", "1.6 s", "40.0%")
     assert rows[-1] == ("all", "4 s", "100.0%")
 

@@ -119,8 +119,14 @@ def test_a_checkpoint_is_verified_once_to_be_used(
     assert evaluate(config, checkpoint=Path("run/checkpoint/1"), as_json=True) == 0
     assert open_model(Path("run")).folder == Path("run/checkpoint/2")
     assert looked_at == ["2", "1", "2"]
+    size = Path("run/checkpoint/2/state.json").stat().st_size
     Path("run/checkpoint/2/state.json").write_text("{")
+    capsys.readouterr()
     assert open_model(Path("run")).folder == Path("run/checkpoint/1")
+    assert capsys.readouterr().err == (
+        "warning: checkpoint run/checkpoint/2 is damaged (run/checkpoint/2/state.json has 1 bytes where its manifest "
+        f"says {size:,}); run/checkpoint/1 is used instead\n"
+    )
     Path("run/checkpoint/1/.metadata").unlink()
     with pytest.raises(UserError, match=r"checkpoint/2/state.json has 1 bytes where its manifest says"):
         open_model(Path("run"))

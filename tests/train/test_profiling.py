@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from modelyard.config.traces import trace_warnings, traced_iterations
 from modelyard.config.training import GuideProfilingConfig
 from modelyard.train.profiling import memory_timeline
 from modelyard.train.run import train
@@ -83,3 +84,29 @@ def test_the_schedule_of_the_guides_is_read() -> None:
     settings = ("training.train_iters=3", "profiling={cpu: yes, trace: yes, skip: 0, warmup: 2}")
     assert train(loaded(*settings)) == 0
     assert [path.name for path in Path("run/profile").iterdir()] == ["3"]
+
+
+@pytest.mark.parametrize("train_iters", [1, 4, 5, 12, 13])
+def test_the_folders_of_a_schedule_are_counted_before(train_iters: int) -> None:
+    for settings in (
+        "{cpu: yes, trace: yes, skip: 1, wait: 1, warmup: 1, cycles: 2}",
+        "{cpu: yes, export: yes}",
+        "{}",
+    ):
+        config = loaded(f"training.train_iters={train_iters}", f"profiling={settings}").train
+        due = [i for i in range(1, train_iters + 1) if config.profiling.due(i)]
+        assert traced_iterations(config) == len(due)
+
+
+def test_traces_that_never_come_and_those_that_never_end_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    config = loaded("training.train_iters=2", "training.profiling.iterations=[2, 40, 3]").train
+    never = "training.profiling.iterations: 3, 40: never traced, training.train_iters is 2"
+    assert trace_warnings(config) == [never]
+    config = loaded("training.train_iters=12", "profiling={cpu: yes, trace: yes, wait: 1, cycles: 2}").train
+    assert trace_warnings(config) == [
+        "profiling traces 2 of every 4 iterations to the end: 5 folders in run/profile; "
+        "training.profiling.iterations names single ones"
+    ]
+    assert trace_warnings(loaded("training.profiling.iterations=[1, 12]").train) == []
+    assert train(loaded("training.train_iters=1", "training.profiling.iterations=[2]")) == 0
+    assert "warning: training.profiling.iterations: 2: never traced" in capsys.readouterr().out

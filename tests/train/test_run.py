@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 from pathlib import Path
@@ -252,3 +253,75 @@ def test_a_signal_at_any_moment_beside_the_steps_saves(monkeypatch: pytest.Monke
     assert train(loaded("training.export={interval: 1, format: llama}")) == 128 + signal.SIGTERM
     assert Checkpoint(Path("run/checkpoint/3")).iteration == 3
     assert Path("run/export/llama/3").exists() is (moment == "after")
+
+
+EVALUATOR = "training.evaluators={held_out: {interval: 4, evaluator: {iterations: 2}}}"
+
+
+def evaluated(*overrides: str) -> float:
+    """The evaluator's loss on initial weights."""
+    folder = f"evaluated-{len(list(Path().glob('evaluated-*')))}"
+    assert train(loaded(EVALUATOR, "training.train_iters=0", f"run.experiment_dir={folder}", *overrides)) == 0
+    return next(r["loss"] for r in lines(f"{folder}/metrics.jsonl") if "evaluator" in r)
+
+
+def test_evaluators_leave_the_z_loss_out_and_keep_the_scale_of_the_logits() -> None:
+    plain = evaluated()
+    assert evaluated("model.base_model.logit_z_loss=0.1") == plain
+    assert evaluated("model.base_model.logits_scale_factor=8") > plain + 0.5
+
+
+def test_the_scale_of_the_logits_is_the_models_own() -> None:
+    run = new_run("model.base_model.logits_scale_factor=8")
+    hidden = torch.randn(3, 8)
+    plain = hidden @ run.model.output_weight.T
+    torch.testing.assert_close(run.model.logits(hidden), 8 * plain)
+    with pytest.raises(UserError, match="format llama has no factor on the logits"):
+        loaded("model.base_model.logits_scale_factor=8", "training.export={interval: 4, format: llama}")
+
+
+def test_the_mean_over_a_log_interval_is_that_of_a_run_never_stopped() -> None:
+    keys = ("training.logs={interval: 5, tensorboard: no}", "training.checkpoint.interval=1")
+    assert train(loaded(*keys)) == 0
+    whole = {r["iteration"]: r["loss_mean"] for r in lines("run/metrics.jsonl")}
+    assert train(loaded("run.experiment_dir=every")) == 0
+    every = [r["loss"] for r in lines("every/metrics.jsonl")]
+    assert whole[5] == pytest.approx(sum(every[:5]) / 5, rel=1e-12)
+
+    stops = "training.shutdown={interval: 3}"  # after 3, 6 and 9, each within a log interval
+    for _ in range(4):
+        assert train(loaded(*keys, stops, "run.experiment_dir=parts")) == 0
+    assert {r["iteration"]: r["loss_mean"] for r in lines("parts/metrics.jsonl")} == whole
+
+
+def test_data_that_cannot_be_read_costs_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    from modelyard.data.stream import DataStream
+
+    batch = DataStream.batch
+
+    def broken(stream: DataStream, index: int) -> Any:
+        if index == 6:
+            raise UserError("store: document 7 has token 99")
+        return batch(stream, index)
+
+    monkeypatch.setattr(DataStream, "batch", broken)
+    with pytest.raises(UserError, match="document 7 has token 99"):
+        train(loaded("training.checkpoint.interval=null"))
+    assert Checkpoint(Path("run/checkpoint/6")).iteration == 6
+
+
+def test_an_export_stays_until_its_successor_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = new_run("training.export={interval: 4, format: llama, on_error: continue}")
+    Path("run").mkdir()
+    run.events.open(Path("run/events.jsonl"))
+    run.progress.iteration = 4
+    run.export(replace=True)
+    before = Path("run/export/llama/4/model.safetensors").read_bytes()
+    monkeypatch.setattr("modelyard.train.export.export_weights", _full)
+    run.export(replace=True)
+    assert Path("run/export/llama/4/model.safetensors").read_bytes() == before
+    assert lines("run/events.jsonl")[-1]["event"] == "save_failed"
+
+
+def _full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")

@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from modelyard.train.checkpoint import Checkpoint
 from modelyard.train.console import Console
 from modelyard.train.run import train
 from modelyard.train.step import train_step
-from tests.train.helpers import lines, loaded, losses
+from tests.conftest import ROOT
+from tests.train.helpers import lines, loaded, losses, new_run
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -183,3 +185,37 @@ def test_other_reasons_are_named(tiny: Path) -> None:
         (tiny / "run" / "checkpoint").mkdir(parents=True, mode=0o500)
     with pytest.raises(RunFailed, match=r"iteration 1 is not saved: .*run/checkpoint"):
         train(loaded("training.train_iters=1"))
+
+
+def test_a_reader_that_leaves_costs_no_run(tiny: Path) -> None:
+    """`train … | head -1`: the run goes on to its end, and log.txt has every line."""
+    program = "from modelyard.cli import main\nraise SystemExit(main(['train', 'train.yaml']))\n"
+    read, write = os.pipe()
+    os.close(read)  # the reader is gone before the first line
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            stdout=write,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            text=True,
+            check=False,
+        )
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Path("run/checkpoint/12").is_dir()
+    log = Path("run/log.txt").read_text()
+    assert log.count("standard output is gone") == 1
+    assert "finished 12 iterations" in log
+    assert " parameters, " in log
+
+
+def test_no_checkpoint_is_claimed_where_there_is_none() -> None:
+    run = new_run("training.max_skipped_steps=1")
+    with pytest.raises(RunFailed, match=r"there is no checkpoint yet$"):
+        run._count_skip("the loss is nan")
+    run.progress.iteration = 7
+    run.save()
+    with pytest.raises(RunFailed, match=r"checkpoint run/checkpoint/7 is untouched$"):
+        run._count_skip("the loss is nan")

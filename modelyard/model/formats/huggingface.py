@@ -164,15 +164,17 @@ def export_huggingface(
     reference_folder: Path | None = None,
     sequence_length: int | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    replace: bool = False,
 ) -> None:
     """Write a folder that transformers loads as is; it appears at `destination` complete or not at all.
 
     Tensors are streamed, cast to `dtype` (None: as stored) one at a time. `reference_folder` is the Hugging Face
     folder that training began from: its config keys, generation config and, unless `tokenizer_folder` is given,
     tokenizer are carried along. `sequence_length` (tokens) bounds positions where the architecture says nothing.
-    Raises UserError when the destination exists, the weights do not fit or the family cannot hold the architecture.
+    With `replace`, what is at the destination stays until the new folder is complete.
+    Raises UserError when the destination exists otherwise, the weights do not fit or the family cannot hold the architecture.
     """
-    if destination.exists():
+    if destination.exists() and not replace:
         raise UserError(f"{destination} exists already")
     if problems := fit_problems(source, architecture, "the model"):
         raise UserError(*problems)

@@ -1,0 +1,77 @@
+"""What a configuration is written over: the shape of a preset or of a pretrained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from modelyard.config.architecture import Architecture
+from modelyard.config.document import Document, KeyPath
+from modelyard.config.huggingface import FAMILIES, read_architecture
+from modelyard.config.model import base_model_of
+from modelyard.config.presets import preset
+from modelyard.errors import UserError, missing_path
+
+BASE_MODEL: KeyPath = ("model", "base_model")
+
+
+def shape_is_absent(document: Document, base: Document) -> bool:
+    """Whether the shape comes from a pretrained model that is not there; `base` is its `starting_point`."""
+    return _wants_pretrained(document) and not base.has(BASE_MODEL)
+
+
+def starting_point(
+    document: Document, problems: list[str]
+) -> tuple[Document, Architecture | None, list[str]]:
+    """Preset and pretrained model as a document to merge the user's over; the pretrained shape; warnings."""
+    base = Document({}, {}, document.name)
+    warnings: list[str] = []
+    name, path = document.get(("model", "preset")), document.get(("pretrained", "path"))
+    if isinstance(name, str):
+        try:
+            base.put(BASE_MODEL, base_model_of(preset(name)), f"preset {name}")
+        except UserError as error:
+            problems += [f"{document.origin(('model', 'preset'))}: {problem}" for problem in error.problems]
+    if not _wants_pretrained(document):
+        return base, None, warnings
+    folder, origin = Path(path).expanduser(), document.origin(("pretrained", "path"))
+    if not (folder / "config.json").exists():
+        missing = folder / "config.json" if folder.exists() else folder
+        return base, None, [f"{origin}: pretrained.path: {missing_path(missing)}"]
+    try:
+        architecture, family = read_architecture(folder)
+        values = base_model_of(architecture)
+    except (UserError, ValueError) as error:
+        problems += [f"{origin}: pretrained.path: {problem}" for problem in str(error).splitlines()]
+        return base, None, warnings
+    wanted = document.get(("pretrained", "format"), "auto")
+    if isinstance(wanted, str) and wanted in FAMILIES and wanted != family:
+        problems.append(
+            f"{document.origin(('pretrained', 'format'))}: pretrained.format is {wanted}, but {folder}/config.json "
+            f"says {family}; write format: {family}"
+        )
+    if document.get(("pretrained", "model_weights"), True) is True and not any(folder.glob("*.safetensors")):
+        warnings.append(f"{origin}: pretrained.path: {folder} has no weights (*.safetensors)")
+    if isinstance(name, str) and base.get(BASE_MODEL) != values:
+        origin_of_preset = document.origin(("model", "preset"))
+        warnings.append(
+            f"{origin_of_preset}: model.preset {name} has no effect: the shape is that of pretrained.path {folder}"
+        )
+    from_folder = Document({}, {}, document.name)
+    from_folder.put(BASE_MODEL, values, str(folder / "config.json"))
+    base.merge(from_folder)
+    return base, architecture, warnings
+
+
+def known_start(document: Document) -> Document | None:
+    """The `starting_point`, before anything is checked; None where the preset or pretrained model that is named cannot
+    be read, so that nobody knows what it says."""
+    base, pretrained, _ = starting_point(document, [])
+    if _wants_pretrained(document):
+        return None if pretrained is None else base
+    return None if isinstance(document.get(("model", "preset")), str) and not base.has(BASE_MODEL) else base
+
+
+def _wants_pretrained(document: Document) -> bool:
+    """Whether the shape is to come from a pretrained model."""
+    path, wanted = document.get(("pretrained", "path")), document.get(("pretrained", "load_config"), "model")
+    return isinstance(path, str) and wanted == "model"
