@@ -428,7 +428,7 @@ def test_again_is_already_there_and_something_else_is_refused(
 def test_both_missing_paths_at_once(tmp_path):
     with pytest.raises(UserError) as caught:
         make(config(tmp_path, tmp_path / "texts.jsonl", tmp_path / "tokenizer"))
-    assert [problem.split(":")[0] for problem in caught.value.problems] == ["tokenizer", "dataset"]
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["tokenizer.path", "dataset"]
 
 
 def test_foreign_output_folder(tmp_path, texts_file, tokenizer_folder):
