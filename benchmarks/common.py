@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+RESULTS = Path(__file__).resolve().parent / "results"
+
 
 def write_result(name: str, values: dict[str, Any]) -> Path:
     """Write `benchmarks/results/<name>.json` with the versions and the date beside the values."""
-    path = Path(__file__).resolve().parent / "results" / f"{name}.json"
+    path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     device = (
         torch.cuda.get_device_name()

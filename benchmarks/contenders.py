@@ -98,7 +98,7 @@ class Case:
         lengths = self.lengths()
         positions = torch.cat([torch.arange(length) for length in lengths]).expand(self.rows, -1)
         cu_seqlens = torch.tensor([[0, *lengths]], dtype=torch.int32).cumsum(-1, dtype=torch.int32)
-        labels = tokens[:, 1:].contiguous()
+        labels = tokens[:, 1:].clone()  # of one row, `contiguous` would be the same memory as the inputs
         if self.documents > 1:
             labels[:, cu_seqlens[0, 1:].long() - 1] = -100  # a document's last token predicts nothing
         return Batch(

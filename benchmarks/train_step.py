@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import multiprocessing
 import statistics
 import sys
@@ -30,7 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import write_result
+from benchmarks.common import RESULTS, write_result
 from benchmarks.contenders import NAMES, Case, Contender, build, can_run, installed
 from benchmarks.floor import floor
 
@@ -205,13 +206,17 @@ def main() -> None:
     for peer in PEERS:
         if not installed(peer):
             print(f"{peer} is not installed: left out")
-    results = {}
+    # Written after each case; those of `--only` take their places among the others.
+    path = RESULTS / "train_step.json"
+    results = (
+        json.loads(path.read_text(encoding="utf-8"))["results"] if options.only and path.exists() else {}
+    )
     for name, case in chosen.items():
         peers = [p for p in PEERS if installed(p) and can_run(dataclasses.replace(case, contender=p))]
-        results[name] = report(name, case, peers, options.rounds)
-    if not options.only:
-        path = write_result("train_step", {"rounds": options.rounds, "results": results})
-        print(f"\nwrote {path}")
+        results[name] = {"rounds": options.rounds, **report(name, case, peers, options.rounds)}
+        ordered = {name: results[name] for name in every if name in results}
+        write_result("train_step", {"results": ordered})
+    print(f"\nwrote {path}")
 
 
 if __name__ == "__main__":

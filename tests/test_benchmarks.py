@@ -47,6 +47,8 @@ def test_contenders_compute_the_same(documents: int) -> None:
 
 def test_documents_of_a_case_fill_its_rows() -> None:
     assert Case("", sequence=24, documents=3).lengths() == [4, 8, 12]
+    alone = Case("", rows=1, sequence=24, documents=3).batch()
+    assert alone.input_ids.min() >= 0  # the labels' -100 are not the inputs'
     batch = Case("", rows=2, sequence=24, documents=3).batch()
     assert batch.cu_seqlens.tolist() == [[0, 4, 12, 24]] * 2
     assert batch.num_targets == 2 * 21
