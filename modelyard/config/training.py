@@ -204,8 +204,9 @@ class TrainingConfig(Section):
     test_iters: int = Field(default=0, ge=0)
     """Batches of the dataset `test` evaluated once at the end, in batches; 0: none."""
     compile: Literal["auto"] | bool = "auto"
-    """Whether each block's norms, rotations and activations are fused by torch.compile: 5 to 20% faster steps and as
-    much memory or less, for half a minute at the start. auto: on a GPU. On a CPU it needs a C++ compiler."""
+    """Whether each block's norms, rotations and activations are fused by torch.compile, for half a minute at the start:
+    on a CPU 10 to 17% faster steps in bfloat16 and next to nothing in float32 (docs/speed.md). auto: on a GPU. On a CPU
+    it needs a C++ compiler."""
     max_skipped_steps: int = Field(default=10, gt=0)
     """Consecutive steps skipped for a loss or gradient that is not finite before the run stops, in iterations."""
 
