@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from modelyard.data.manifest import OFFSET_INTERVAL
+from modelyard.data.manifest import OFFSET_INTERVAL, token_range
 from modelyard.data.reading import FileArray
 from modelyard.data.store import MASK_LANE
 from modelyard.errors import UserError
@@ -163,12 +163,8 @@ class ForeignStore(ABC):
     def _bounds(self, index: int, begin: int, end: int | None) -> tuple[int, int]:
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} of {self.num_documents}")
-        block, place = divmod(index, OFFSET_INTERVAL)
-        first, after = self._starts_of_block(block)[place : place + 2].tolist()
-        end = after - first if end is None else end
-        if not 0 <= begin <= end <= after - first:
-            raise IndexError(f"tokens {begin}:{end} of document {index}, which has {after - first}")
-        return first + begin, first + end
+        starts = self._starts_of_block(index // OFFSET_INTERVAL)
+        return token_range(starts, index, begin, end)
 
     def _check_spans(self, first: int, sizes: np.ndarray, counts: np.ndarray, spans: np.ndarray) -> None:
         """Raise unless the half-open `spans` of the documents from `first` on lie in them."""

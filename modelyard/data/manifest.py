@@ -101,3 +101,16 @@ def _problems(path: Path, manifest: dict[str, Any]) -> list[str]:
                 f"{path / name} has {actual} bytes, not the {size} of manifest.json: torn or changed"
             )
     return problems
+
+
+def token_range(starts: np.ndarray, index: int, begin: int, end: int | None) -> tuple[int, int]:
+    """The half-open range in the store of tokens `begin:end` of document `index` (end None: to its end).
+
+    starts: first tokens of the documents of its block of `OFFSET_INTERVAL`, and one past the last. Raises IndexError.
+    """
+    place = index % OFFSET_INTERVAL
+    first, after = starts[place : place + 2].tolist()
+    end = after - first if end is None else end
+    if not 0 <= begin <= end <= after - first:
+        raise IndexError(f"tokens {begin}:{end} of document {index}, which has {after - first}")
+    return first + begin, first + end

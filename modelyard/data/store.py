@@ -30,6 +30,7 @@ from modelyard.data.manifest import (
     manifest_checksum,
     read_manifest,
     shard_file,
+    token_range,
 )
 from modelyard.data.reading import FileArray
 from modelyard.errors import UserError
@@ -179,12 +180,8 @@ class TokenStore:
     def _bounds(self, index: int, begin: int, end: int | None) -> tuple[int, int]:
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} of {self.num_documents}")
-        block, place = divmod(index, OFFSET_INTERVAL)
-        first, after = self._starts_of_block(block)[place : place + 2].tolist()
-        end = after - first if end is None else end
-        if not 0 <= begin <= end <= after - first:
-            raise IndexError(f"tokens {begin}:{end} of document {index}, which has {after - first}")
-        return first + begin, first + end
+        starts = self._starts_of_block(index // OFFSET_INTERVAL)
+        return token_range(starts, index, begin, end)
 
     def _read_starts(self, block: int) -> np.ndarray:
         """First token of each document of an offset block, and one past the last: int64 [documents + 1]."""
