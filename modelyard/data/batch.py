@@ -32,8 +32,7 @@ class Batch:
     def rows(self, begin: int, end: int) -> Batch:
         """Some of the rows, as `DataStream.rows` would make them alone."""
         cu_seqlens = self.cu_seqlens[begin:end]
-        sequence = self.input_ids.shape[1]
-        width = int((cu_seqlens < sequence).sum(dim=1).max()) + 1
+        width = int((cu_seqlens < cu_seqlens[:, -1:]).sum(dim=1).max()) + 1
         return Batch(
             self.input_ids[begin:end],
             self.labels[begin:end],

@@ -6,7 +6,8 @@ the last tokens of that segment's keys, and attend causally ("lower-right").
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,28 @@ def flatten_boundaries(cu_seqlens: Tensor, sequence_length: int, device: torch.d
 def one_document(tokens: int, device: torch.device) -> Boundaries:
     """The boundaries of a stretch that is one document."""
     return Boundaries(torch.tensor([0, tokens], dtype=torch.int32, device=device), tokens)
+
+
+class Attention(Protocol):
+    """Attention of one forward: it knows where that forward's documents lie."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tensor:
+        """q [query tokens, heads, head_size]; k, v [key tokens, groups, head_size] -> the shape of q; `window` as `attend`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Attention of queries to keys that are all here."""
+
+    queries: Boundaries
+    keys: Boundaries
+    backend: Backend
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tensor:
+        cu_q, max_q = self.queries
+        cu_k, max_k = self.keys
+        return attend(q, k, v, cu_q, cu_k, max_q, max_k, window=window, backend=self.backend)
 
 
 def attend(

@@ -18,7 +18,7 @@ def compile_blocks(model: Decoder, *, backend: Any = "inductor") -> None:
     stays eager, as does attention. The results agree with the eager ones to rounding, not to the bit. `backend` is
     torch.compile's.
     """
-    for block in model.layers:
+    for block in model.layers.values():
         for stretch in ("before_attention", "after_attention"):
             setattr(block, stretch, _in_training(getattr(block, stretch), backend))
 

@@ -6,6 +6,7 @@ Parameters have the logical names of `Architecture.parameter_shapes`. Inside, ro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from modelyard.config.architecture import Architecture
 from modelyard.dtypes import wide
 from modelyard.errors import UserError
+from modelyard.model import attention
 from modelyard.model.activations import ACTIVATIONS
-from modelyard.model.attention import Backend, Boundaries, attend, flatten_boundaries, one_document
+from modelyard.model.attention import Backend, Segments, flatten_boundaries, one_document
 from modelyard.model.cache import KeyValueCache, LayerCache
 from modelyard.model.elementwise import rms_norm, rotate, swiglu
 from modelyard.model.rotary import rotary_table
@@ -25,12 +27,9 @@ from modelyard.model.rotary import rotary_table
 class Context(NamedTuple):
     """What every block of one forward shares."""
 
-    queries: Boundaries
-    keys: Boundaries
-    """As the queries', unless a cache holds keys of earlier tokens."""
+    attend: attention.Attention
     rotary: tuple[Tensor, Tensor] | None
     """cos and sin, each [tokens, 1, head_size / 2]."""
-    backend: Backend
 
 
 class RMSNorm(nn.Module):
@@ -147,19 +146,7 @@ class Block(nn.Module):
         q, k, v = self.before_attention(x, context.rotary)
         if cache is not None:
             k, v = cache.append(k, v)
-        queries, keys = context.queries, context.keys
-        attended = attend(
-            q,
-            k,
-            v,
-            queries.cu_seqlens,
-            keys.cu_seqlens,
-            queries.longest,
-            keys.longest,
-            window=self.self_attn.window,
-            backend=context.backend,
-        )
-        return self.after_attention(x, attended)
+        return self.after_attention(x, context.attend(q, k, v, window=self.self_attn.window))
 
     def before_attention(
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None
@@ -176,13 +163,18 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Token ids to hidden states after the final norm; `logits` takes those to the vocabulary.
 
+    Given some of the `layers`, it is that part of the decoder, its blocks named by their numbers in the whole: the part
+    with the first block (0) takes token ids, the part with the last one ends in the norm and head, and hidden states
+    [tokens, hidden] go from part to part.
+
     Build it under `torch.device("meta")` and fill it with `initialize` or `load_weights`. `backend` chooses the
     attention (see `attend`). `rotary_dtype` is None (fp32, or fp64 in an fp64 model) except where the roundings of
     another implementation are wanted: transformers rotates in the weights' dtype.
     """
 
-    def __init__(self, architecture: Architecture, *, backend: Backend = "auto"):
+    def __init__(self, architecture: Architecture, *, backend: Backend = "auto", layers: range | None = None):
         super().__init__()
+        layers = range(architecture.num_layers) if layers is None else layers
         if architecture.activation not in ACTIVATIONS:
             raise UserError(
                 f"activation '{architecture.activation}' is not supported (there are: {', '.join(ACTIVATIONS)})"
@@ -190,13 +182,18 @@ class Decoder(nn.Module):
         self.architecture = architecture
         self.backend: Backend = backend
         self.rotary_dtype: torch.dtype | None = None
-        self.embed_tokens = nn.Embedding(architecture.vocab_size, architecture.hidden_size)
-        if architecture.position_embeddings is not None:
+        self.boundaries: Callable[[Tensor, int, torch.device], attention.Attention] = self.whole_rows
+        """(cu_seqlens, sequence_length, device) -> the attention of a forward. A layout that splits rows has its own."""
+        self.is_first, self.is_last = layers.start == 0, layers.stop == architecture.num_layers
+        if self.is_first or (self.is_last and architecture.tie_word_embeddings):
+            self.embed_tokens = nn.Embedding(architecture.vocab_size, architecture.hidden_size)
+        if self.is_first and architecture.position_embeddings is not None:
             self.embed_positions = nn.Embedding(architecture.position_embeddings, architecture.hidden_size)
-        self.layers = nn.ModuleList(Block(architecture, layer) for layer in range(architecture.num_layers))
-        self.norm = normalization(architecture)
-        if not architecture.tie_word_embeddings:
-            self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
+        self.layers = nn.ModuleDict({str(layer): Block(architecture, layer) for layer in layers})
+        if self.is_last:
+            self.norm = normalization(architecture)
+            if not architecture.tie_word_embeddings:
+                self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
 
     @property
     def output_weight(self) -> Tensor:
@@ -205,34 +202,46 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
+        inputs: Tensor,
         positions: Tensor,
         cu_seqlens: Tensor,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """input_ids and positions int64 [rows, sequence] -> hidden states [rows, sequence, hidden].
+        """Token ids and positions int64 [rows, sequence] -> hidden states [rows, sequence, hidden].
 
+        A part that is not the first takes hidden states [tokens, hidden] for the ids; one that is not the last gives them.
         cu_seqlens int32 [rows, max_documents + 1], on the host: where each row's documents begin (see
         `flatten_boundaries`). With a `cache` the row continues the tokens that the cache holds.
         """
-        x = self.embed_tokens(input_ids.flatten())
-        if self.architecture.position_embeddings is not None:
-            x = x + self.embed_positions(positions.flatten())
-        if self.architecture.full_precision_residual:
-            x = x.to(wide(x.dtype))
-        queries = keys = flatten_boundaries(cu_seqlens, input_ids.shape[1], x.device)
-        if cache is not None:
-            keys = one_document(cache.length + x.shape[0], x.device)
+        x = self.embed(inputs, positions) if self.is_first else inputs
+        if cache is None:
+            attend = self.boundaries(cu_seqlens, positions.shape[1], x.device)
+        else:
+            queries = flatten_boundaries(cu_seqlens, positions.shape[1], x.device)
+            keys = one_document(cache.length + positions.numel(), x.device)
+            attend = Segments(queries, keys, self.backend)
         table = rotary_table(
             self.architecture.rotary,
             self.architecture.head_size,
             positions.flatten(),
             dtype=self.rotary_dtype or wide(x.dtype),
         )
-        context = Context(queries, keys, table, self.backend)
-        for index, layer in enumerate(self.layers):
-            x = layer(x, context, cache.layers[index] if cache is not None else None)
-        return self.norm(x).view(*input_ids.shape, -1)
+        context = Context(attend, table)
+        for number, layer in self.layers.items():
+            x = layer(x, context, cache.layers[int(number)] if cache is not None else None)
+        return self.norm(x).view(*positions.shape, -1) if self.is_last else x
+
+    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """int64 [rows, sequence] -> the first block's input [tokens, hidden]."""
+        x = self.embed_tokens(input_ids.flatten())
+        if self.architecture.position_embeddings is not None:
+            x = x + self.embed_positions(positions.flatten())
+        return x.to(wide(x.dtype)) if self.architecture.full_precision_residual else x
+
+    def whole_rows(self, cu_seqlens: Tensor, sequence_length: int, device: torch.device) -> Segments:
+        """Attention inside the documents of rows that are all here."""
+        documents = flatten_boundaries(cu_seqlens, sequence_length, device)
+        return Segments(documents, documents, self.backend)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> [..., vocabulary], scaled as the architecture says."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -100,8 +100,17 @@ def initial_tensor(
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, seed: int, std: InitStd) -> None:
-    """Fill every parameter in place, in its own dtype. The model's memory exists (`to_empty` after the meta device)."""
+def initialize(
+    model: nn.Module,
+    seed: int,
+    std: InitStd,
+    *,
+    write: Callable[[Tensor, Tensor], object] = Tensor.copy_,
+) -> None:
+    """Fill every parameter in place, in its own dtype. The model's memory exists (`to_empty` after the meta device).
+
+    `write` puts a full tensor into a parameter, of which a process may hold a part.
+    """
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
-        parameter.copy_(initial_tensor(name, shape, std, seed=seed, device=parameter.device))
+        write(parameter, initial_tensor(name, shape, std, seed=seed, device=parameter.device))

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 
 from modelyard.data.batch import Batch
 from modelyard.loss.cross_entropy import linear_cross_entropy
 from modelyard.model.decoder import Decoder
+from modelyard.parallel.mesh import Mesh, alone
 from modelyard.train.optimizer import Optimizer
 from modelyard.train.phases import untimed
 from modelyard.train.weights import Weights
+
+if TYPE_CHECKING:
+    from modelyard.parallel.data import ShardedWeights
 
 
 @dataclass(frozen=True)
@@ -54,9 +60,42 @@ def loss_sum(model: Decoder, batch: Batch, options: LossOptions) -> torch.Tensor
     )
 
 
-def train_step(
+def accumulate(
     model: Decoder,
-    weights: Weights,
+    weights: Weights | ShardedWeights,
+    parts: Sequence[Batch],
+    options: LossOptions,
+    phase: Callable[[str], object],
+) -> Tensor:
+    """Forward and backward of each micro-batch in turn; the gradients add up. Returns the summed loss."""
+    total = torch.zeros((), dtype=torch.float64, device=parts[0].input_ids.device)
+    for index, micro_batch in enumerate(parts, 1):
+        weights.before_backward(last=index == len(parts))
+        phase("forward")
+        loss = loss_sum(model, micro_batch, options)
+        phase("backward")
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+class Pipeline(Protocol):
+    """Stages of a decoder that process micro-batches together: `modelyard.parallel.pipeline`."""
+
+    def accumulate(
+        self,
+        weights: Weights | ShardedWeights,
+        parts: Sequence[Batch],
+        options: LossOptions,
+        phase: Callable[[str], object],
+    ) -> Tensor:
+        """As `accumulate`; a process without the last stage returns 0."""
+        ...
+
+
+def train_step(
+    model: Decoder | Pipeline,
+    weights: Weights | ShardedWeights,
     optimizer: Optimizer,
     batch: Batch,
     *,
@@ -65,34 +104,33 @@ def train_step(
     max_norm: float,
     loss_options: LossOptions,
     device: torch.device,
+    mesh: Mesh | None = None,
     phase: Callable[[str], object] = untimed,
 ) -> StepResult:
-    """Train on one global batch.
+    """Train on one global batch; `batch` is this process's share of it, `mesh` where the others are (None: none).
 
-    The loss is the sum over the trained tokens of all micro-batches, divided once by their number; gradients are
-    summed in fp32 and divided once. A loss or gradient that is not finite leaves weights, moments and the step
+    The loss is the sum over the trained tokens of all micro-batches and processes, divided once by their number;
+    gradients are summed in fp32 and divided once. A loss or gradient that is not finite leaves weights, moments and the step
     count as they were. `max_norm` 0 turns clipping off. `phase` is called with `forward`, `backward` or `optimizer` where
     each begins; the gradients that the fused cross-entropy makes on its way belong to `forward`.
     """
-    targets = batch.num_targets
-    if targets == 0:
-        return StepResult(0.0, 0.0, 0, skipped="no trained token in the batch")
-
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for micro_batch in micro_batches(batch, micro_batch_size, device):
-        phase("forward")
-        loss = loss_sum(model, micro_batch, loss_options)
-        phase("backward")
-        loss.backward()
-        total += loss.detach()
+    mesh = mesh or alone(device)
+    parts = list(micro_batches(batch, micro_batch_size, device))
+    if isinstance(model, Decoder):
+        loss = accumulate(model, weights, parts, loss_options, phase)
+    else:
+        loss = model.accumulate(weights, parts, loss_options, phase)
 
     phase("optimizer")
     gradients = weights.gradients()
-    grad_norm = torch.nn.utils.get_total_norm(gradients).item() / targets
-    mean_loss = total.item() / targets
+    loss_total, square, targets = mesh.total(loss, weights.square_norm(), batch.num_targets)
+    mean_loss = loss_total / max(targets, 1)
+    grad_norm = math.sqrt(square) / max(targets, 1)
 
     skipped = None
-    if not math.isfinite(mean_loss):
+    if targets == 0:
+        skipped = "no trained token in the batch"
+    elif not math.isfinite(mean_loss):
         skipped = f"the loss is {mean_loss}"
     elif not math.isfinite(grad_norm):
         skipped = f"the gradient norm is {grad_norm}"

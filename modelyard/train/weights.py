@@ -46,9 +46,16 @@ class Weights:
             with torch.no_grad():
                 torch._foreach_copy_(list(self.compute.values()), list(self.master.values()))
 
+    def before_backward(self, *, last: bool) -> None:
+        """Called before each micro-batch; `last` of a step. One process has nothing to wait with."""
+
     def gradients(self) -> list[torch.Tensor]:
         """The master gradients that exist, in the order of the parameters."""
         return [p.grad for p in self.master.values() if p.grad is not None]
+
+    def square_norm(self) -> torch.Tensor:
+        """The squared L2 norm of the whole gradient, fp64."""
+        return torch.stack(torch._foreach_norm(self.gradients())).double().square().sum()
 
     def zero_gradients(self) -> None:
         for parameter in self.master.values():

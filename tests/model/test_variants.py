@@ -118,7 +118,7 @@ def test_gpt_neox_without_its_parallel_residual() -> None:
         }
         for kind in ("weight", "bias"):
             tensors[f"gpt_neox.final_layer_norm.{kind}"] = getattr(model.norm, kind)
-            for i, block in enumerate(model.layers):
+            for i, block in enumerate(model.layers.values()):
                 attention, prefix = block.self_attn, f"gpt_neox.layers.{i}"
                 parts = [getattr(p, kind) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
                 by_head = torch.stack([part.unflatten(0, (4, 8)) for part in parts], 1)
@@ -155,7 +155,7 @@ def test_gpt2(word: str, activation: Activation) -> None:
         }
         for kind in ("weight", "bias"):
             tensors[f"transformer.ln_f.{kind}"] = getattr(model.norm, kind)
-            for i, block in enumerate(model.layers):
+            for i, block in enumerate(model.layers.values()):
                 attention, prefix = block.self_attn, f"transformer.h.{i}"
                 parts = [getattr(p, kind) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
                 matrices = {
@@ -207,7 +207,7 @@ FORMULAS: dict[Activation, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("activation", FORMULAS)
 def test_feed_forwards(activation: Activation, gated: bool) -> None:
     architecture = replace(SHAPE, activation=activation, gated=gated, mlp_bias=True)
-    mlp = random_model(architecture).layers[0].mlp
+    mlp = random_model(architecture).layers["0"].mlp
     assert isinstance(mlp, OtherMLP) or (gated and activation == "silu")
     names = {name.split(".")[0] for name, _ in mlp.named_parameters()}
     assert names == {"up_proj", "down_proj"} | ({"gate_proj"} if gated else set())
@@ -250,7 +250,7 @@ def test_a_wide_residual_keeps_what_bf16_would_drop(norm_type: str) -> None:
     errors, seen = [], set()
     for architecture in (narrow, replace(narrow, full_precision_residual=True)):
         model = random_model(architecture, torch.bfloat16)
-        model.layers[5].register_forward_hook(
+        model.layers["5"].register_forward_hook(
             lambda module, arguments, out: seen.add((arguments[0].dtype, out.dtype))
         )
         hidden = model(ids, *rows)

@@ -1,0 +1,110 @@
+"""The processes of a run, arranged by what they share."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from modelyard.config.layout import DIMENSIONS, Layout
+from modelyard.parallel.torch_private import flattened
+
+
+class Mesh:
+    """Where this process stands among the processes of a layout, and what it can ask of the others.
+
+    With one process nothing is asked, and torch.distributed need not be initialised.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device, *, alone: bool = False):
+        """`alone`: one process that talks to no other, even where torch.distributed is initialised."""
+        self.layout, self.device = layout, device
+        self.rank = 0
+        self._root: DeviceMesh | None = None
+        if alone or (layout.world == 1 and not dist.is_initialized()):
+            return
+        if dist.get_world_size() != layout.world:
+            raise ValueError(f"{dist.get_world_size()} processes cannot have the layout {layout}")
+        self.rank = dist.get_rank()
+        self._root = init_device_mesh(device.type, layout.sizes, mesh_dim_names=DIMENSIONS)
+        flattened(self._root, ("shard", "context"), "weights")
+
+    @property
+    def is_distributed(self) -> bool:
+        return self._root is not None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that talks to people and writes what there is one of."""
+        return self.rank == 0
+
+    def place(self, dimension: str) -> int:
+        """This process's number along `dimension` (one of `DIMENSIONS`)."""
+        return 0 if self._root is None else self._root.get_local_rank(dimension)
+
+    def size(self, dimension: str) -> int:
+        """Processes along `dimension`."""
+        return getattr(self.layout, dimension)
+
+    def __getitem__(self, dimension: str) -> DeviceMesh:
+        """The processes along one dimension, this one among them, as torch wants them."""
+        assert self._root is not None
+        return self._root[dimension]
+
+    def group(self, dimension: str) -> dist.ProcessGroup:
+        """The same as a group for collectives."""
+        return self[dimension].get_group()
+
+    @property
+    def weights(self) -> DeviceMesh:
+        """Processes that FSDP keeps one set of weights in: those along `shard` and `context`, which both see other tokens
+        with the same weights. Two dimensions, (replicate, weights), where there are several copies."""
+        assert self._root is not None
+        return self._root["replicate", "weights"] if self.layout.replicate > 1 else self._root["weights"]
+
+    @property
+    def share(self) -> int:
+        """Which of the batch's `layout.data` shares of rows this process trains on."""
+        return self.place("replicate") * self.layout.shard + self.place("shard")
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether this process has the loss of its tokens, and no other process has the same."""
+        last = self.place("pipeline") == (self.layout.pipeline - 1 if self.layout.schedule != "zbv" else 0)
+        return last and self.place("tensor") == 0
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether this process speaks for its tokens: each token of the batch has one such process."""
+        return self.place("pipeline") == 0 and self.place("tensor") == 0
+
+    def total(self, loss: Tensor | float, square: Tensor | float, targets: int) -> tuple[float, float, int]:
+        """The sums over all processes of a step's loss, squared gradient and trained tokens, in one message.
+
+        `loss` counts where `has_loss`, `targets` where `has_tokens`; `square` is already each process's own share.
+        """
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        sums[0] += loss if self.has_loss else 0.0
+        sums[1] += square
+        sums[2] += targets if self.has_tokens else 0
+        if self.is_distributed:
+            dist.all_reduce(sums)
+        total_loss, total_square, total_targets = sums.tolist()
+        return total_loss, total_square, round(total_targets)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.is_distributed:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.is_distributed:
+            dist.barrier()
+
+
+def alone(device: torch.device | str = "cpu") -> Mesh:
+    """The mesh of one process."""
+    return Mesh(Layout(), torch.device(device), alone=True)
