@@ -8,6 +8,7 @@ chunk's gradients while its logits are there, so that [tokens, vocabulary] never
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def linear_cross_entropy(
     implementation: str = "auto",
     z_loss: float = 0.0,
     logits_scale: float = 1.0,
+    weight_gradient_to: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """The loss summed over tokens whose label is not -100: a scalar in fp32 (fp64 for fp64 inputs).
 
@@ -35,6 +37,8 @@ def linear_cross_entropy(
     hidden [tokens, hidden], weight [vocabulary, hidden], labels int64 [tokens]. Gradients of hidden and weight have
     their dtypes; the weight's is summed in fp32 or wider first. `fused` frees its gradients in the backward, which
     can therefore run once. `auto` is `fused`: the faster one at every size measured, and the smaller.
+    `weight_gradient_to` is given the weight's gradient as `fused` summed it, in fp32 or wider, during the backward;
+    autograd, which would narrow it to the weight's dtype, then sees none. `torch` has no such sum and ignores it.
     """
     if implementation == "torch":
         return _losses(_wide_logits(hidden, weight, logits_scale), labels, z_loss).sum()
@@ -43,7 +47,7 @@ def linear_cross_entropy(
     with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if not with_gradients:
         return token_losses(hidden, weight, labels, z_loss=z_loss, logits_scale=logits_scale).sum()
-    return _Fused.apply(hidden, weight, labels, z_loss, logits_scale)
+    return _Fused.apply(hidden, weight, labels, z_loss, logits_scale, weight_gradient_to)
 
 
 @torch.no_grad()
@@ -124,10 +128,31 @@ def _exponentials(
     return losses[:, 0]
 
 
+def _add_narrow_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """total += a @ b (the `first` time: =) where `total` is wider than the product's dtype.
+
+    On a CPU in stretches of rows: a sum of two dtypes casts the whole product first, which costs twice the sum's time
+    and, at the size of the head, its memory. A GPU adds both as they are.
+    """
+    rows = total.shape[0] if total.is_cuda else max(256, (1 << 20) // total.shape[1])
+    for part, a_part in zip(total.split(rows), a.split(rows), strict=True):
+        product = a_part @ b
+        if first:
+            part.copy_(product)
+        else:
+            part.add_(product)
+
+
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float, logits_scale: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        z_loss: float,
+        logits_scale: float,
+        weight_gradient_to: Callable[[Tensor], None] | None,
     ) -> Tensor:
         dtype = wide(hidden.dtype)
         rows = _trained_rows(labels)
@@ -163,8 +188,7 @@ class _Fused(torch.autograd.Function):
                 if x_gradient is not None:
                     torch.mm(logits, weight, out=x_gradient[begin : begin + step])
                 if weight_gradient is not None:
-                    product = logits.t() @ chunk
-                    weight_gradient = weight_gradient.add_(product) if begin else product.to(dtype)
+                    _add_narrow_product(weight_gradient, logits.t(), chunk, first=begin == 0)
 
         if weight_gradient is not None and not len(y):
             weight_gradient.zero_()
@@ -172,6 +196,7 @@ class _Fused(torch.autograd.Function):
             x_gradient = torch.zeros_like(hidden).index_copy_(0, rows, x_gradient)
         ctx.gradients = [x_gradient, weight_gradient]
         ctx.logits_scale, ctx.weight_dtype = logits_scale, weight.dtype
+        ctx.weight_gradient_to = weight_gradient_to
         return losses.sum()
 
     @staticmethod
@@ -186,6 +211,9 @@ class _Fused(torch.autograd.Function):
             for gradient in (x_gradient, weight_gradient):
                 if gradient is not None:
                     gradient.mul_(factor)
-        if weight_gradient is not None:
+        if weight_gradient is not None and ctx.weight_gradient_to is not None:
+            ctx.weight_gradient_to(weight_gradient)
+            weight_gradient = None
+        elif weight_gradient is not None:
             weight_gradient = weight_gradient.to(ctx.weight_dtype)
-        return x_gradient, weight_gradient, None, None, None
+        return x_gradient, weight_gradient, None, None, None, None

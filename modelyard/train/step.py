@@ -16,7 +16,7 @@ from modelyard.model.decoder import Decoder
 from modelyard.parallel.mesh import Mesh, alone
 from modelyard.train.optimizer import Optimizer
 from modelyard.train.phases import untimed
-from modelyard.train.weights import Weights
+from modelyard.train.weights import Weights, wide_gradient_taker
 
 if TYPE_CHECKING:
     from modelyard.parallel.data import ShardedWeights
@@ -40,6 +40,8 @@ class StepResult:
     """Trained tokens."""
     skipped: str | None = None
     """Why the weights were left untouched; None when they were updated."""
+    stop: bool = False
+    """Whether any process was asked to stop."""
 
 
 def micro_batches(batch: Batch, rows: int, device: torch.device) -> Iterator[Batch]:
@@ -47,8 +49,17 @@ def micro_batches(batch: Batch, rows: int, device: torch.device) -> Iterator[Bat
         yield batch.rows(begin, begin + rows).to(device)
 
 
-def loss_sum(model: Decoder, batch: Batch, options: LossOptions) -> torch.Tensor:
-    """Sum of the loss over the trained tokens of `batch`: a scalar in fp32 or wider."""
+def loss_sum(
+    model: Decoder,
+    batch: Batch,
+    options: LossOptions,
+    *,
+    weight_gradient_to: Callable[[Tensor], None] | None = None,
+) -> torch.Tensor:
+    """Sum of the loss over the trained tokens of `batch`: a scalar in fp32 or wider.
+
+    `weight_gradient_to` as in `linear_cross_entropy`.
+    """
     hidden = model(batch.input_ids, batch.positions, batch.cu_seqlens)
     return linear_cross_entropy(
         hidden.flatten(0, 1),
@@ -57,6 +68,7 @@ def loss_sum(model: Decoder, batch: Batch, options: LossOptions) -> torch.Tensor
         implementation=options.implementation,
         z_loss=options.z_loss,
         logits_scale=model.architecture.logits_scale,
+        weight_gradient_to=weight_gradient_to,
     )
 
 
@@ -69,10 +81,11 @@ def accumulate(
 ) -> Tensor:
     """Forward and backward of each micro-batch in turn; the gradients add up. Returns the summed loss."""
     total = torch.zeros((), dtype=torch.float64, device=parts[0].input_ids.device)
+    taker = wide_gradient_taker(weights, model.output_weight)
     for index, micro_batch in enumerate(parts, 1):
         weights.before_backward(last=index == len(parts))
         phase("forward")
-        loss = loss_sum(model, micro_batch, options)
+        loss = loss_sum(model, micro_batch, options, weight_gradient_to=taker)
         phase("backward")
         loss.backward()
         total += loss.detach()
@@ -106,13 +119,15 @@ def train_step(
     device: torch.device,
     mesh: Mesh | None = None,
     phase: Callable[[str], object] = untimed,
+    stop: Callable[[], bool] = lambda: False,
 ) -> StepResult:
     """Train on one global batch; `batch` is this process's share of it, `mesh` where the others are (None: none).
 
     The loss is the sum over the trained tokens of all micro-batches and processes, divided once by their number;
     gradients are summed in fp32 and divided once. A loss or gradient that is not finite leaves weights, moments and the step
     count as they were. `max_norm` 0 turns clipping off. `phase` is called with `forward`, `backward` or `optimizer` where
-    each begins; the gradients that the fused cross-entropy makes on its way belong to `forward`.
+    each begins; the gradients that the fused cross-entropy makes on its way belong to `forward`. `stop` says whether this
+    process was asked to stop; the step is done all the same.
     """
     mesh = mesh or alone(device)
     parts = list(micro_batches(batch, micro_batch_size, device))
@@ -123,7 +138,9 @@ def train_step(
 
     phase("optimizer")
     gradients = weights.gradients()
-    loss_total, square, targets = mesh.total(loss, weights.square_norm(), batch.num_targets)
+    loss_total, square, targets, stopped = mesh.total(
+        loss, weights.square_norm(), batch.num_targets, stop=stop()
+    )
     mean_loss = loss_total / max(targets, 1)
     grad_norm = math.sqrt(square) / max(targets, 1)
 
@@ -140,4 +157,4 @@ def train_step(
         optimizer.step(learning_rate)
         weights.publish()
     weights.zero_gradients()
-    return StepResult(mean_loss, grad_norm, targets, skipped)
+    return StepResult(mean_loss, grad_norm, targets, skipped, stopped)

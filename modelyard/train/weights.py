@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import nn
@@ -62,13 +63,30 @@ class Weights:
             parameter.grad = None
 
 
-def _accumulate_into(master: nn.Parameter):
+def wide_gradient_taker(weights: object, parameter: torch.Tensor) -> Callable[[torch.Tensor], None] | None:
+    """What takes a gradient that was summed in the master's dtype already, past autograd; None where autograd must.
+
+    Autograd gives a parameter's gradient in the parameter's dtype: the head's, the largest of all, would be narrowed
+    and widened again. Only the plain tensors of `Weights` have this way; a sharded parameter's gradient has to pass
+    through the hooks that reduce it, a frozen one has none, and where both dtypes agree autograd keeps it as it is.
+    """
+    if not isinstance(weights, Weights) or weights.master is weights.compute or not parameter.requires_grad:
+        return None
+    name = next((name for name, p in weights.compute.items() if p is parameter), None)
+    return None if name is None else partial(_add_gradient, weights.master[name])
+
+
+def _add_gradient(master: nn.Parameter, gradient: torch.Tensor) -> None:
+    if master.grad is None:
+        master.grad = gradient.to(master.dtype)
+    else:
+        master.grad.add_(gradient)
+
+
+def _accumulate_into(master: nn.Parameter) -> Callable[[torch.Tensor], None]:
     def add(parameter: torch.Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
-        if master.grad is None:
-            master.grad = gradient.to(master.dtype)
-        else:
-            master.grad.add_(gradient)
+        if gradient is not None:  # None: all of it took the way past autograd
+            _add_gradient(master, gradient)
 
     return add

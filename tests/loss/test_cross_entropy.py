@@ -151,3 +151,40 @@ def test_large_logits_do_not_overflow() -> None:
 def test_unknown_implementation() -> None:
     with pytest.raises(ValueError, match="'triton'"):
         linear_cross_entropy(*inputs(), implementation="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_taken_weight_gradient_is_what_autograd_gets_before_it_is_narrowed(
+    dtype: torch.dtype, chunks: None
+) -> None:
+    """The scale and the factor of the backward included; the hidden states' gradient is autograd's as ever."""
+    hidden, weight, labels = inputs(dtype)
+    (3 * linear_cross_entropy(hidden, weight, labels, logits_scale=0.5)).backward()
+    plain_hidden, plain_weight, _ = inputs(dtype)
+    taken: list[Tensor] = []
+    loss = linear_cross_entropy(
+        plain_hidden, plain_weight, labels, logits_scale=0.5, weight_gradient_to=taken.append
+    )
+    assert taken == []
+    (3 * loss).backward()
+    assert plain_weight.grad is None
+    assert len(taken) == 1
+    assert taken[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert weight.grad is not None
+    assert torch.equal(taken[0].to(dtype), weight.grad)
+    assert hidden.grad is not None
+    assert plain_hidden.grad is not None
+    assert torch.equal(hidden.grad, plain_hidden.grad)
+
+
+def test_narrow_products_are_added_wide_in_stretches() -> None:
+    """600 rows of 4,096 are two whole stretches and a rest; 256 + 1 is 257 in fp32 only."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randint(-3, 4, (600, 2), generator=generator).bfloat16()
+    b = torch.randint(-3, 4, (2, 4096), generator=generator).bfloat16()
+    total = torch.full((600, 4096), float("nan"))
+    cross_entropy._add_narrow_product(total, a, b, first=True)
+    assert torch.equal(total, a.float() @ b.float())
+    total.fill_(256.0)
+    cross_entropy._add_narrow_product(total, a, b, first=False)
+    assert torch.equal(total, 256 + a.float() @ b.float())

@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 
@@ -7,8 +8,10 @@ import torch.nn.functional as F
 
 from modelyard.config.architecture import Architecture
 from modelyard.data.batch import Batch
+from modelyard.loss import cross_entropy
 from modelyard.model.decoder import Decoder
 from modelyard.model.init import InitStd, initialize
+from modelyard.train import step as step_module
 from modelyard.train.optimizer import Optimizer
 from modelyard.train.step import LossOptions, StepResult, train_step
 from modelyard.train.weights import Weights
@@ -17,9 +20,9 @@ SHAPE = Architecture(37, 16, 2, 4, 2, 4, 24)
 
 
 class Setup:
-    def __init__(self, dtype: torch.dtype = torch.float64):
-        self.model = Decoder(SHAPE)
-        initialize(self.model, 0, InitStd.for_architecture(SHAPE))
+    def __init__(self, dtype: torch.dtype = torch.float64, shape: Architecture = SHAPE):
+        self.model = Decoder(shape)
+        initialize(self.model, 0, InitStd.for_architecture(shape))
         self.weights = Weights(self.model, dtype)
         self.optimizer = Optimizer(self.weights.master, weight_decay=0.1, betas=(0.9, 0.95), epsilon=1e-8)
 
@@ -165,6 +168,33 @@ def test_frozen_weights_stay_and_the_others_have_the_same_gradients(frozen: str,
             torch.testing.assert_close(moments[f"{name}.exp_avg"], expected[f"{name}.exp_avg"])
     norms = [expected[f"{name}.exp_avg"].double().norm() / 0.1 for name in before if name not in names]
     assert b.grad_norm == pytest.approx(torch.stack(norms).norm().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_heads_wide_gradient_is_the_plain_path_but_for_its_rounding(
+    tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two micro-batches in bf16, of several chunks each, the head's gradient taken past autograd and not."""
+    monkeypatch.setattr(cross_entropy, "_chunk_rows", lambda weight: 4)
+    shape = dataclasses.replace(SHAPE, tie_word_embeddings=tied)
+    name = "embed_tokens.weight" if tied else "lm_head.weight"
+    gradients: list[dict[str, torch.Tensor]] = []
+    for plain in (False, True):
+        if plain:
+            monkeypatch.setattr(step_module, "wide_gradient_taker", lambda weights, parameter: None)
+        setup = Setup(torch.bfloat16, shape)
+        setup.step(ragged_batch(), max_norm=0.0)
+        gradients.append(
+            {key: moment for key, moment in setup.optimizer.moments().items() if "exp_avg" in key}
+        )
+    taken, narrowed = gradients
+    for key in taken:
+        if key.startswith(name):
+            continue
+        assert torch.equal(taken[key], narrowed[key]), key
+    wide, narrow = taken[f"{name}.exp_avg"], narrowed[f"{name}.exp_avg"]
+    assert not torch.equal(wide, narrow), "the plain path rounds to bf16"
+    torch.testing.assert_close(wide, narrow, rtol=2**-7, atol=2**-8 * wide.abs().max().item())
 
 
 def test_the_step_needs_no_pydantic() -> None:

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from modelyard.train.weights import Weights
+from modelyard.train.weights import Weights, wide_gradient_taker
 
 
 def test_fp32_has_one_set_of_tensors() -> None:
@@ -41,3 +41,29 @@ def test_publish_casts_the_master_once() -> None:
     assert model.weight.dtype == torch.bfloat16
     assert model.weight.item() == 1.0
     assert master.item() == 1.0 + 2**-10
+
+
+def test_wide_gradients_go_past_autograd_only_to_the_masters_of_plain_narrow_weights() -> None:
+    """256 + 1 is 257 in fp32 only: the taken gradient is added as it is, and to what autograd brings."""
+    model = nn.Linear(1, 2, bias=False)
+    weights = Weights(model, torch.bfloat16)
+    take = wide_gradient_taker(weights, model.weight)
+    assert take is not None
+    first = torch.full((2, 1), 256.0)
+    take(first)
+    assert weights.master["weight"].grad is first, "kept, not copied"
+    take(torch.full((2, 1), 1.0))
+    model(torch.full((1, 1), 2.0, dtype=torch.bfloat16)).sum().backward()
+    assert weights.master["weight"].grad.flatten().tolist() == [259.0, 259.0]
+
+    assert wide_gradient_taker(weights, nn.Parameter(torch.ones(2, 1))) is None, (
+        "no parameter of these weights"
+    )
+    assert wide_gradient_taker(object(), model.weight) is None, (
+        "weights that reduce their gradients themselves"
+    )
+    weights.freeze(["weight"])
+    assert wide_gradient_taker(weights, model.weight) is None, "frozen"
+    for dtype in (torch.float32, torch.float64):
+        same = nn.Linear(1, 1)
+        assert wide_gradient_taker(Weights(same, dtype), same.weight) is None, "one dtype: autograd's own"
