@@ -30,3 +30,16 @@ def write_result(name: str, values: dict[str, Any]) -> Path:
     }
     path.write_text(json.dumps({**head, **values}, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def put_into(page: Path, name: str, text: str) -> None:
+    """Replace what stands between `<!-- NAME: ... -->` and `<!-- end of NAME -->` on a page of docs/.
+
+    Raises ValueError where the page has no such place.
+    """
+    old = page.read_text(encoding="utf-8")
+    begin, end = old.find(f"<!-- {name}: "), old.find(f"<!-- end of {name} -->")
+    if not 0 <= begin < end:
+        raise ValueError(f"{page} has no place for {name}")
+    begin = old.index("-->", begin) + len("-->")
+    page.write_text(f"{old[:begin]}\n{text}\n{old[end:]}", encoding="utf-8")

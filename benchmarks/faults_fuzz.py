@@ -419,7 +419,7 @@ def _worker(send: int, folder: Path, cases: Iterator[Case]) -> None:
     def started(*_: object, **__: object) -> None:
         raise Started
 
-    state_module.build_model = started  # type: ignore[assignment]
+    state_module.parallelize = started  # type: ignore[assignment]
     # The guides' runs need more disk than is at hand; whether there is enough is not the question here.
     free = SimpleNamespace(total=1 << 60, used=0, free=1 << 60)
     shutil.disk_usage = lambda _: free  # type: ignore[assignment, return-value]

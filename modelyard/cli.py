@@ -160,11 +160,45 @@ def _files_and_overrides(options: argparse.Namespace) -> tuple[list[Path], list[
     return files, overrides
 
 
+# Several processes
+
+
+def _nproc_argument(parser: argparse.ArgumentParser, what: str = "start N processes on this machine") -> None:
+    parser.add_argument(
+        "--nproc",
+        type=_nproc,
+        metavar="N|auto",
+        help=f"{what}; auto: one for each GPU, else one (default: none is started; torchrun may have)",
+    )
+
+
+def _nproc(text: str) -> int | str:
+    if text != "auto" and not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a whole number from 1 on nor auto")
+    return text if text == "auto" else int(text)
+
+
+def _laid_out(options: argparse.Namespace) -> tuple[Loaded, int | None]:
+    """The config, possible on the processes there are or are to be started; and how many of the latter, if any."""
+    from modelyard.launch.command import laid_out
+
+    return laid_out(lambda: _load(options, "train"), options.nproc)
+
+
+def _start(processes: int, verb: str, options: argparse.Namespace, *flags: str) -> int:
+    """The same command, in so many processes."""
+    from modelyard.launch.torchrun import launch
+
+    files = [word for file in options.config for word in ("--config", file)]
+    return launch(processes, "modelyard", [verb, *options.words, *files, *flags])
+
+
 # train
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
+    _nproc_argument(parser)
     parser.add_argument(
         "-v", "--validate", action="store_true", help="only check the config, as `modelyard validate` does"
     )
@@ -176,7 +210,9 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 def _train(options: argparse.Namespace) -> int:
     if options.validate:
         return _validate(options)
-    loaded = _load(options, "train")
+    loaded, processes = _laid_out(options)
+    if processes is not None:
+        return _start(processes, "train", options, *["--force"] * options.force)
     from modelyard.train.run import train
 
     return train(loaded, force=options.force)
@@ -185,13 +221,20 @@ def _train(options: argparse.Namespace) -> int:
 # validate, schema
 
 
+def _validate_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    _nproc_argument(parser, "show the layout on N processes")
+
+
 def _validate(options: argparse.Namespace) -> int:
+    from modelyard.launch.command import processes_asked
     from modelyard.plan.summary import summarise
 
     loaded = _load(options, None, keep_problems=True)
+    processes = processes_asked(options.nproc) or (1 if options.nproc == "auto" else None)
     for notice in loaded.notices:
         print(f"note: {notice}")
-    text, problems, warnings = summarise(loaded)
+    text, problems, warnings = summarise(loaded, processes)
     print(text)
     for warning in warnings:
         print(f"warning: {warning}")
@@ -359,6 +402,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
+    _nproc_argument(parser)
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="which (default: the newest of run.experiment_dir)"
     )
@@ -366,7 +410,10 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    loaded = _load(options, "train")
+    loaded, processes = _laid_out(options)
+    if processes is not None:
+        checkpoint = [] if options.checkpoint is None else ["--checkpoint", str(options.checkpoint)]
+        return _start(processes, "evaluate", options, *checkpoint, *["--json"] * options.json)
     from modelyard.train.evaluate import evaluate
 
     return evaluate(loaded, checkpoint=options.checkpoint, as_json=options.json)
@@ -492,7 +539,8 @@ VERBS: dict[str, Verb] = {
 examples:
   modelyard train examples/train-tiny.yaml
   modelyard train base.yaml training.train_iters=50 model.base_model.transformer.num_layers=4
-  modelyard train gpt --config base.yaml           (the guides' words)""",
+  modelyard train base.yaml --nproc 8
+  torchrun --nproc_per_node=8 --no_python modelyard train gpt --config base.yaml      (the guides' words)""",
         _train_arguments,
         _train,
     ),
@@ -502,8 +550,9 @@ examples:
 Data or weights that are not there yet are warnings (exit status 0); a config that cannot run exits with 2.
 examples:
   modelyard validate train.yaml
-  modelyard validate llama-3.1-8b-train.yaml llama-3.1-8b-architecture-part.yaml""",
-        _config_arguments,
+  modelyard validate llama-3.1-8b-train.yaml llama-3.1-8b-architecture-part.yaml
+  modelyard validate train.yaml model.distributed.tensor_parallel=2 --nproc 8""",
+        _validate_arguments,
         _validate,
     ),
     "migrate": Verb(

@@ -17,6 +17,9 @@ class UserError(Exception):
         super().__init__("\n".join(problems))
         self.problems = list(problems)
 
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, ...]]:
+        return UserError, tuple(self.problems)  # for one that goes to another process
+
 
 class RunFailed(Exception):
     """A run that cannot go on although nothing is wrong with its input, such as one that diverged.

@@ -15,6 +15,8 @@ from modelyard.config.data import ConcatenatedMemmapDataset, DatasetConfig, File
 from modelyard.config.dialect import Notice
 from modelyard.config.document import Document, KeyPath, dotted
 from modelyard.config.huggingface import can_export
+from modelyard.config.layout import Problem, shape_problems
+from modelyard.config.layout import without_effect as nothing_to_lay_out
 from modelyard.config.model import architecture_of, architecture_problems
 from modelyard.config.neighbours import NoEffect, take_neighbours
 from modelyard.config.newest import BATCH_SIZE, DIALECT
@@ -71,6 +73,15 @@ class Loaded:
             origin = self.origins.get(tuple(problem.partition(": ")[0].split(".")))
             lines.append(f"{origin}: {problem}" if origin else problem)
         return lines
+
+    def placed(self, problems: Iterable[Problem]) -> list[str]:
+        """Problems of keys, each with the place where the key, or else the section around it, is written."""
+        document = Document(self.document, self.origins, "")
+        origins = [document.origin(tuple(key.split("."))) for key, _ in problems]
+        return [
+            f"{origin}: {key}: {problem}" if origin else f"{key}: {problem}"
+            for origin, (key, problem) in zip(origins, problems)
+        ]
 
     @property
     def train(self) -> TrainConfig:
@@ -154,6 +165,12 @@ def _checked(reading: Reading, problems: list[str], keep_problems: bool) -> Load
             problems.append(f"{base.origin(path)}: {dotted(path)}: {problem}")
         if pretrained is not None and config.pretrained is not None and config.pretrained.model_weights:
             _check_weights_fit(architecture, pretrained, base, problems)
+    if not faulty & {"model", "model.distributed", "batch", "training"}:
+        for key, problem in shape_problems(config, architecture):
+            problems.append(f"{base.origin(tuple(key.split('.')))}: {key}: {problem}")
+        for key, why in nothing_to_lay_out(config).items():
+            if document.has(tuple(key.split("."))):
+                without_effect.append(NoEffect(key, object, why))
     if not faulty & {"training", "data"}:
         _check_names(config, base, problems, warnings)
     _check_types(config, base, problems)
@@ -178,8 +195,8 @@ def _checked(reading: Reading, problems: list[str], keep_problems: bool) -> Load
 
 def _validated(
     document: Document, schema: type[Any], problems: list[str], said: Collection[KeyPath] = ()
-) -> tuple[Any, set[str | int]]:
-    """The typed configuration, and which top-level sections have problems (they go to `problems`).
+) -> tuple[Any, set[str]]:
+    """The typed configuration, and which sections (see `_section`) have problems (they go to `problems`).
 
     So that what else is wrong can be said in the same go, the faulty keys are then left out. Raises UserError where
     nothing can be made of the rest.
@@ -193,9 +210,15 @@ def _validated(
     for path in faulty:
         rest.discard(path)
     try:
-        return schema.model_validate(rest.values), {path[0] for path in faulty}
+        return schema.model_validate(rest.values), {_section(path) for path in faulty}
     except ValidationError:
         raise UserError(*dict.fromkeys(problems)) from None
+
+
+def _section(path: KeyPath) -> str:
+    """The top-level section of a key; what of `model` says nothing about its shape by itself."""
+    beside = path[0] == "model" and len(path) > 1 and path[1] not in ("base_model", "preset")
+    return dotted(path[:2] if beside else path[:1])
 
 
 def add_defaults(reading: Reading, document: Document, base: Document) -> list[Notice]:

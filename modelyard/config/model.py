@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from modelyard.config.architecture import Activation, Architecture, Rotary
 from modelyard.config.base import DataType, Section
+from modelyard.config.layout import Recompute, Schedule
 
 Biases = Literal[
     "everywhere",
@@ -191,12 +192,47 @@ class BaseModelConfig(Section):
 
 
 class DistributedConfig(Section):
-    """Number types and the seed of the weights."""
+    """Number types, the seed of the weights, and how many processes share what.
+
+    Processes that are left over share the rows of the batch: world size / (tensor_parallel x pipeline_parallel x
+    sequence_data_parallel) data-parallel ones.
+    """
 
     training_dtype: DataType = "float32"
     """Type of the weights and activations in forward and backward; the master weights stay float32 (float64 in float64)."""
     seed: int = Field(default=1234, ge=0)
     """Seed of the initial weights, and of everything else that has no seed of its own."""
+    tensor_parallel: int = Field(default=1, gt=0)
+    """Processes that each matrix is spread over; divides heads, head groups, feed-forward width and vocabulary."""
+    sequence_tensor_parallel: bool = False
+    """Whether tensor-parallel processes share the tokens of norms and residuals, too: less memory, as much communication."""
+    sequence_data_parallel: int = Field(default=1, gt=0)
+    """Processes that the tokens of each row are spread over (context parallelism)."""
+    pipeline_parallel: int = Field(default=1, gt=0)
+    """Processes that the layers are spread over."""
+    pipeline_schedule: Schedule = "1f1b"
+    """Order in which a pipeline takes its micro-batches: gpipe, 1f1b, interleaved, zero_bubble or zbv."""
+    stages_per_process: int | None = Field(default=None, gt=0)
+    """Stretches of layers that each process of a pipeline has; default: 2 under interleaved, zero_bubble and zbv, else 1."""
+    data_parallel_replicas: int = Field(default=1, gt=0)
+    """Whole copies of the model among the data-parallel processes; each copy is sharded over the rest of them."""
+    timeout: float = Field(default=600.0, gt=0)
+    """How long a process waits for the others before the run fails, in seconds."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """How processes talk; auto: nccl on GPUs, gloo elsewhere."""
+
+
+class MultiStageConfig(Section):
+    """What of the model each data-parallel process keeps, and what it computes again."""
+
+    zero_stage: int | None = Field(default=None, ge=1, le=3)
+    """What processes that share a copy keep only their part of: 1 optimizer state and master weights, 2 gradients between
+    micro-batches too, 3 weights between forward and backward too; null: 1."""
+    cpu_offload: bool = False
+    """Whether master weights, gradients and optimizer state live in the host's memory, where a GPU has too little."""
+    recompute: Recompute = "none"
+    """Activations that the backward computes again instead of keeping them: none, selective (all but matrix products and
+    attention), full (whole blocks)."""
 
 
 class ModelConfig(Section):
@@ -207,7 +243,14 @@ class ModelConfig(Section):
     base_model: BaseModelConfig = Field(default_factory=BaseModelConfig)
     """The decoder."""
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
-    """Number types and the seed of the weights."""
+    """Number types, the seed of the weights, and how many processes share what."""
+    multi_stage: MultiStageConfig = Field(default_factory=MultiStageConfig)
+    """What of the model each data-parallel process keeps, and what it computes again."""
+
+    @field_validator("multi_stage", mode="before")
+    @classmethod
+    def _left_empty(cls, value: Any) -> Any:
+        return {} if value is None else value
 
 
 class PretrainedConfig(Section):

@@ -51,30 +51,29 @@ NO_EFFECT = (
         "training.num_workers", int, "batches are read from memory-mapped stores, without worker processes"
     ),
     NoEffect("training.prefetch_factor", int, "as num_workers"),
-    NoEffect("training.timeout", float, "a limit on waiting for other processes; there is one process"),
+    NoEffect("training.timeout", float, "model.distributed.timeout limits every wait for other processes"),
     NoEffect(
         "training.export.parameters_per_file", int, "export shards have the size that transformers gives them"
     ),
-    NoEffect("pretrained.timeout", float, "a limit on waiting for other processes; there is one process"),
+    NoEffect("pretrained.timeout", float, "model.distributed.timeout limits every wait for other processes"),
     NoEffect("model.base_model.cross_entropy_splits", int, "the fused cross-entropy chooses its own pieces"),
-    NoEffect("model.base_model.parallel_embeddings", bool, "tensor-parallel only"),
+    NoEffect(
+        "model.base_model.parallel_embeddings", bool, "tensor-parallel processes always share the vocabulary"
+    ),
     NoEffect("model.base_model.sequence_first", bool, "an order of dimensions in memory"),
     NoEffect(
         f"{_TRANSFORMER}.use_flash_attention", bool, "the fastest attention of the hardware is always used"
     ),
     NoEffect(f"{_TRANSFORMER}.rotary.triton", bool, "chooses a kernel; exports have one layout"),
     NoEffect(f"{_TRANSFORMER}.normalization.implementation", str, "chooses a kernel"),
-    NoEffect(f"{_TRANSFORMER}.mlp_recompute_level", str, "saves memory only; nothing is recomputed yet"),
     NoEffect(
-        "model.multi_stage.zero_stage", int, "one process holds all weights, gradients and optimizer state"
+        f"{_TRANSFORMER}.mlp_recompute_level", str, "saves memory only; model.multi_stage.recompute does"
     ),
-    NoEffect("model.multi_stage.num_grad_buffers", int, "as zero_stage"),
-    NoEffect("model.multi_stage.num_weight_buffers", int, "as zero_stage"),
+    NoEffect(
+        "model.multi_stage.num_grad_buffers", int, "FSDP has as many as it takes to send while computing"
+    ),
+    NoEffect("model.multi_stage.num_weight_buffers", int, "as num_grad_buffers"),
     NoEffect("model.multi_stage.full_precision_gradients", bool, "gradients are always summed in float32"),
-    NoEffect(
-        f"{_DISTRIBUTED}.timeout", float, "a limit on waiting for other processes; there is one process"
-    ),
-    NoEffect(f"{_DISTRIBUTED}.backend", str, "how processes talk; there is one process"),
     NoEffect(f"{_DISTRIBUTED}.reproducible_init", bool, "initial weights never depend on the layout"),
     NoEffect("optimizer.gradient_scaler", dict, "only float16 needs a scaled loss"),
     NoEffect("run.experiment_name", str, "a label; the folder's name is the run's"),
@@ -85,8 +84,8 @@ NO_EFFECT = (
     NoEffect("run.torch_dynamo_enable", bool, "chooses how kernels are made"),
     NoEffect("run.enable_triton_kernels", bool, "chooses kernels"),
     NoEffect("run.triton_linear_kernels", bool, "chooses kernels"),
-    NoEffect("schedule.pipeline_overlap", bool, "pipeline parallelism only"),
-    NoEffect("schedule.data_overlap", bool, "data parallelism only"),
+    NoEffect("schedule.pipeline_overlap", bool, "what is sent always overlaps with computation where it can"),
+    NoEffect("schedule.data_overlap", bool, "as pipeline_overlap"),
     NoEffect("schedule.throttle_cpu", bool, "the host is never far ahead"),
     NoEffect("schedule.throttle_cpu_rate", int, "as throttle_cpu"),
     NoEffect("schedule.throttle_cpu_delay", int, "as throttle_cpu"),
@@ -113,12 +112,12 @@ NOT_BUILT = (
     NotBuilt(
         "batch.breadth_first_micro_batches",
         (1, None),
-        "pipeline parallelism is not supported yet; use micro_batch_size",
+        "model.distributed.pipeline_schedule has the order of micro-batches; write batch.sequential_micro_batches",
     ),
     NotBuilt(
         "batch.micro_sequence_length",
         _NEVER,
-        "rows are not split along the sequence yet; use a smaller micro_batch_size",
+        "rows are not split in time; use a smaller micro_batch_size, or model.distributed.sequence_data_parallel",
     ),
     NotBuilt("data.fim", ({}, None), "fill-in-the-middle is not supported yet"),
     NotBuilt("data.tokenizer.bos_token", _NEVER, "the tokenizer's own is used"),
@@ -171,9 +170,13 @@ NOT_BUILT = (
     NotBuilt(f"{_TRANSFORMER}.peft.dropout", (0, 0.0), "LoRA is not supported yet"),
     NotBuilt(f"{_TRANSFORMER}.peft.layers", (["query", "value"],), "LoRA is not supported yet"),
     NotBuilt(f"{_TRANSFORMER}.peft.freeze_others", (True,), "LoRA is not supported yet"),
-    NotBuilt("model.multi_stage.layers_per_stage", (1, 1.0), "pipeline parallelism is not supported yet"),
     NotBuilt(
-        "model.multi_stage.stages_per_pipeline_stage", (1,), "pipeline parallelism is not supported yet"
+        "model.multi_stage.layers_per_stage",
+        (1, 1.0),
+        "layers are split over the stages by what they cost; model.distributed.stages_per_process says how many there are",
+    ),
+    NotBuilt(
+        "model.multi_stage.stages_per_pipeline_stage", (1,), "write model.distributed.stages_per_process"
     ),
     NotBuilt(
         "model.multi_stage.store_frozen_weights_in_optimization_precision", (True,), "no weights are frozen"
@@ -182,22 +185,10 @@ NOT_BUILT = (
     NotBuilt(
         f"{_DISTRIBUTED}.optimization_dtype", ("float32", "fp32", "float"), "optimizer state is float32"
     ),
-    NotBuilt(
-        f"{_DISTRIBUTED}.tensor_parallel",
-        (1,),
-        "tensor parallelism is not supported yet; write tensor_parallel: 1",
+    *(
+        NotBuilt(f"{_DISTRIBUTED}.{key}", _NEVER, "torchrun or --nproc says how many processes there are")
+        for key in ("world_size", "rank", "local_world_size")
     ),
-    NotBuilt(
-        f"{_DISTRIBUTED}.pipeline_parallel",
-        (1,),
-        "pipeline parallelism is not supported yet; write pipeline_parallel: 1",
-    ),
-    NotBuilt(
-        f"{_DISTRIBUTED}.sequence_data_parallel",
-        (1,),
-        "sequence parallelism is not supported yet; write sequence_data_parallel: 1",
-    ),
-    NotBuilt(f"{_DISTRIBUTED}.sequence_tensor_parallel", (False,), "tensor parallelism is not supported yet"),
     NotBuilt(
         f"{_DISTRIBUTED}.use_cuda",
         (True, None),
@@ -208,18 +199,21 @@ NOT_BUILT = (
         (False, None),
         "initial weights are drawn on the device that trains",
     ),
-    NotBuilt(f"{_DISTRIBUTED}.pipeline_first", (False,), "pipeline parallelism is not supported yet"),
+    NotBuilt(
+        f"{_DISTRIBUTED}.pipeline_first",
+        (False,),
+        "neighbours in rank are, from the nearest on: tensor, sequence, pipeline, data",
+    ),
     NotBuilt(
         "schedule.profile_schedule",
         (False,),
-        "there are no pipeline stages to draw; training.profiling.iterations writes traces",
+        "a pipeline's schedule is not drawn; training.profiling.iterations writes traces",
     ),
-    NotBuilt("profiling.ranks", ({}, [], [0], None), "there is one process, rank 0"),
+    NotBuilt("profiling.ranks", ({}, [], [0], None), "rank 0 is the one that is traced"),
 )
 
 
 PURE_SECTIONS: tuple[KeyPath, ...] = (
-    ("model", "multi_stage"),
     ("model", "base_model", "transformer", "peft"),
     ("schedule",),
     ("reference_models",),

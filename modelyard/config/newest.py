@@ -330,7 +330,7 @@ TODAYS_DEFAULTS: dict[KeyPath, str] = {
     **dict.fromkeys(OUTPUT_STARTS, "init_method_std / sqrt(2 x num_layers)"),
     ISOLATION: "yes",
     ("batch", "use_loss_masking_spans"): "no",
-    ("batch", "micro_batch_size"): "batch_size",
+    ("batch", "micro_batch_size"): "all rows of a process",
 }
 """What holds today where that dialect has another default, in words."""
 DEFAULT_TOKENS = 2048

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from modelyard.data.batch import Batch
 
 
+Share = tuple[int, int]
+"""(which one from 0, of how many): the stretch of every batch's rows that one process reads."""
+WHOLE: Share = (0, 1)
+
+
 class BatchShape(Protocol):
     """What a stream needs to know of the `batch` section."""
 
@@ -93,10 +98,11 @@ class DataStream:
         self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
         """Changes with anything that changes a row: content, sampling, blend, row length, packing, masks."""
 
-    def batch(self, index: int) -> Batch:
-        """The global batch of optimizer step `index`, from 0."""
+    def batch(self, index: int, share: Share = WHOLE) -> Batch:
+        """The global batch of optimizer step `index`, from 0, or one process's share of its rows."""
         size = self._batch.batch_size
-        return self.rows(index * size, (index + 1) * size)
+        part, parts = share
+        return self.rows(index * size + size * part // parts, index * size + size * (part + 1) // parts)
 
     def rows(self, begin: int, end: int) -> Batch:
         """Rows `begin:end` of the stream, for instance one process's share of a batch."""
@@ -137,8 +143,10 @@ class DataStream:
         """The tokenizer that came with the data: the first there is, in the order in which datasets were written."""
         return next(filter(None, (leaf.rows.dataset.tokenizer_folder for leaf in self._leaves)), None)
 
-    def one_pass(self) -> Iterator[Batch]:
+    def one_pass(self, share: Share = WHOLE) -> Iterator[Batch]:
         """Batches that hold every document once, whatever the batch size; the last one may be short.
+
+        Shares are of equal size in every batch: rows without any target fill up the last one.
 
         Raises:
             UserError: a blend has no end of its own: its parts run out at different rows.
@@ -150,8 +158,11 @@ class DataStream:
         leaf = self._tree
         with self._lock:
             rows = [(leaf.rows.dataset, pieces) for pieces in leaf.rows.one_pass()]
-        for begin in range(0, len(rows), self._batch.batch_size):
-            yield self._assemble(rows[begin : begin + self._batch.batch_size])
+        size, (part, parts) = self._batch.batch_size, share
+        if parts > 1:
+            rows += [(leaf.rows.dataset, [])] * (-len(rows) % size)
+        for begin in range(0, len(rows), size):
+            yield self._assemble(rows[begin + size * part // parts : begin + size * (part + 1) // parts])
 
     def statistics(self, rows: int = 0) -> dict[str, Any]:
         """Facts about the data, and how often `rows` rows go through it. Plain values, for messages and logs.
@@ -341,9 +352,11 @@ def ids_outside_vocabulary(streams: Sequence[DataStream]) -> list[str]:
 
 
 def prefetched(
-    stream: DataStream, begin: int, end: int, depth: int = 2
+    stream: DataStream, begin: int, end: int, share: Share = WHOLE, depth: int = 2
 ) -> Generator[tuple[Batch, float], None, None]:
     """Batches `begin:end` in order, made in a background thread while the caller works, and the seconds waited for each.
+
+    Of each only the `share` of this process is read.
 
     At most `depth` batches wait ready. Close the generator (`contextlib.closing`) to stop early; the thread has ended when
     `close` returns. An error while reading is raised here, in its place in the order.
@@ -356,7 +369,7 @@ def prefetched(
             for index in range(begin, end):
                 if stop.is_set():
                     return
-                ready.put(stream.batch(index))
+                ready.put(stream.batch(index, share))
         except BaseException as error:
             ready.put(error)
 

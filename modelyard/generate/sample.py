@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from modelyard.config.architecture import Architecture
 from modelyard.errors import UserError
 from modelyard.model.cache import KeyValueCache
 from modelyard.model.decoder import Decoder
@@ -42,8 +44,40 @@ class SamplingOptions:
             raise UserError(*problems)
 
 
+class Speaker(Protocol):
+    """A model that `generate` can ask for the next token, wherever it is."""
+
+    architecture: Architecture
+
+    def start(self) -> Callable[[Sequence[int]], Tensor]:
+        """Begin a text; what it returns takes the tokens that follow those so far and gives the logits after them."""
+        ...
+
+    def settle(self, token: int) -> int:
+        """The token that is taken; several processes that compute one text take the same."""
+        ...
+
+
+class Alone:
+    """A decoder that is all here."""
+
+    def __init__(self, model: Decoder):
+        self._model, self.architecture = model, model.architecture
+
+    def start(self) -> Callable[[Sequence[int]], Tensor]:
+        cache = KeyValueCache(self.architecture)
+        return lambda tokens: next_logits(self._model, tokens, cache)
+
+    def settle(self, token: int) -> int:
+        return token
+
+
 def generate(
-    model: Decoder, prompt_ids: Sequence[int], options: SamplingOptions, *, stop_ids: Collection[int] = ()
+    model: Decoder | Speaker,
+    prompt_ids: Sequence[int],
+    options: SamplingOptions,
+    *,
+    stop_ids: Collection[int] = (),
 ) -> Iterator[int]:
     """Yield new token ids as they are made; a token of `stop_ids` is yielded too and ends the text.
 
@@ -51,6 +85,7 @@ def generate(
     ends with the last of them. Raises UserError for an empty prompt, for one that is longer than that, and for ids that
     the model does not have.
     """
+    speaker = Alone(model) if isinstance(model, Decoder) else model
     vocabulary = model.architecture.vocab_size
     if not prompt_ids:
         raise UserError("generation needs at least one token to start from")
@@ -65,11 +100,11 @@ def generate(
                 f"the prompt has {len(prompt_ids)} tokens, the model {positions} learned positions"
             )
         room = min(room, positions - len(prompt_ids) + 1)  # the last token is never read
-    cache = KeyValueCache(model.architecture)
+    read = speaker.start()
     generator = torch.Generator().manual_seed(key(options.seed, "generate"))
     tokens = list(prompt_ids)
     for _ in range(room):
-        token = choose(next_logits(model, tokens, cache), options, generator)
+        token = speaker.settle(choose(read(tokens), options, generator))
         yield token
         if token in stop_ids:
             return

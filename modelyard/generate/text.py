@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modelyard.errors import UserError
-from modelyard.generate.sample import SamplingOptions, generate
+from modelyard.generate.sample import SamplingOptions, Speaker, generate
 from modelyard.model.decoder import Decoder
 
 __all__ = ["Completion", "Generator", "Piece", "SamplingOptions"]
@@ -36,7 +36,7 @@ class Completion:
 class Generator:
     """A model with its tokenizer."""
 
-    def __init__(self, model: Decoder, folder: Path):
+    def __init__(self, model: Decoder | Speaker, folder: Path):
         """`folder` holds the tokenizer and, if it is a model's, what starts and ends a text (generation_config.json).
 
         Raises UserError when there is no usable tokenizer.

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from modelyard.dtypes import wide
+from modelyard.loss.vocabulary import Vocabulary, find, log_sum_and_target
 
 IGNORED = -100
 
@@ -29,6 +30,7 @@ def linear_cross_entropy(
     implementation: str = "auto",
     z_loss: float = 0.0,
     logits_scale: float = 1.0,
+    vocabulary: Vocabulary | None = None,
     weight_gradient_to: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """The loss summed over tokens whose label is not -100: a scalar in fp32 (fp64 for fp64 inputs).
@@ -37,29 +39,42 @@ def linear_cross_entropy(
     hidden [tokens, hidden], weight [vocabulary, hidden], labels int64 [tokens]. Gradients of hidden and weight have
     their dtypes; the weight's is summed in fp32 or wider first. `fused` frees its gradients in the backward, which
     can therefore run once. `auto` is `fused`: the faster one at every size measured, and the smaller.
+    With a `vocabulary` the weight is this process's part of the head. The loss is that of all words, the same on each of
+    the processes; the gradient of hidden is what this part gives, and theirs are to be summed.
     `weight_gradient_to` is given the weight's gradient as `fused` summed it, in fp32 or wider, during the backward;
     autograd, which would narrow it to the weight's dtype, then sees none. `torch` has no such sum and ignores it.
     """
     if implementation == "torch":
-        return _losses(_wide_logits(hidden, weight, logits_scale), labels, z_loss).sum()
+        return _losses(_wide_logits(hidden, weight, logits_scale), labels, z_loss, vocabulary).sum()
     if implementation not in ("auto", "fused"):
         raise ValueError(f"unknown cross-entropy implementation {implementation!r}")
     with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if not with_gradients:
-        return token_losses(hidden, weight, labels, z_loss=z_loss, logits_scale=logits_scale).sum()
-    return _Fused.apply(hidden, weight, labels, z_loss, logits_scale, weight_gradient_to)
+        return token_losses(
+            hidden, weight, labels, z_loss=z_loss, logits_scale=logits_scale, vocabulary=vocabulary
+        ).sum()
+    return _Fused.apply(hidden, weight, labels, z_loss, logits_scale, vocabulary, weight_gradient_to)
 
 
 @torch.no_grad()
 def token_losses(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, z_loss: float = 0.0, logits_scale: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    z_loss: float = 0.0,
+    logits_scale: float = 1.0,
+    vocabulary: Vocabulary | None = None,
 ) -> Tensor:
-    """Each token's loss, 0 where the label is -100: [tokens] in fp32 or wider, in chunks, without gradients."""
+    """Each token's loss, 0 where the label is -100: [tokens] in fp32 or wider, in chunks, without gradients.
+
+    `vocabulary` as in `linear_cross_entropy`.
+    """
     losses = hidden.new_zeros(labels.shape, dtype=wide(hidden.dtype))
     rows = _trained_rows(labels)
     for chunk in rows.split(_chunk_rows(weight)):
         logits = _wide_logits(hidden[chunk], weight, logits_scale)
-        losses[chunk] = _losses(logits, labels[chunk], z_loss)
+        losses[chunk] = _losses(logits, labels[chunk], z_loss, vocabulary)
     return losses
 
 
@@ -68,9 +83,13 @@ def _wide_logits(hidden: Tensor, weight: Tensor, logits_scale: float) -> Tensor:
     return logits if logits_scale == 1.0 else logits * logits_scale
 
 
-def _losses(logits: Tensor, labels: Tensor, z_loss: float) -> Tensor:
-    lse = logits.logsumexp(-1)
-    target = logits.gather(-1, labels.clamp_min(0)[:, None])[:, 0]
+def _losses(logits: Tensor, labels: Tensor, z_loss: float, vocabulary: Vocabulary | None) -> Tensor:
+    targets = labels.clamp_min(0)
+    if vocabulary is None:
+        lse = logits.logsumexp(-1)
+        target = logits.gather(-1, targets[:, None])[:, 0]
+    else:
+        lse, target = log_sum_and_target(logits, targets, vocabulary)
     losses = lse - target
     if z_loss:
         losses = losses + z_loss * lse.square()
@@ -98,7 +117,12 @@ def _block_rows(weight: Tensor) -> int:
 
 
 def _exponentials(
-    logits: Tensor, target: Tensor, coefficient: Tensor, logits_scale: float, z_loss: float
+    logits: Tensor,
+    target: Tensor,
+    coefficient: Tensor,
+    logits_scale: float,
+    z_loss: float,
+    vocabulary: Vocabulary | None,
 ) -> Tensor:
     """Turn a block of logits into its gradient, in place; returns each token's loss [rows], in `coefficient`'s dtype.
 
@@ -110,9 +134,17 @@ def _exponentials(
     if logits_scale != 1.0:
         wide_logits.mul_(logits_scale)
     highest = wide_logits.amax(-1, keepdim=True)
+    own = None  # whether the label's logit is here
+    if vocabulary is not None:
+        vocabulary.max_(highest)
+        target, own = find(target, logits.shape[1], vocabulary.begin)
     label_logits = wide_logits.gather(-1, target)
     exponentials = wide_logits.sub_(highest).exp_()
     normaliser = exponentials.sum(-1, keepdim=True)
+    if vocabulary is not None and own is not None:
+        sums = torch.stack([normaliser, label_logits.where(own, 0.0)])
+        vocabulary.sum_(sums)
+        normaliser, label_logits = sums
     lse = normaliser.log().add_(highest)
     losses = lse - label_logits
     torch.reciprocal(normaliser, out=coefficient)
@@ -120,11 +152,13 @@ def _exponentials(
         losses += z_loss * lse.square()
         coefficient.mul_(lse.mul_(2 * z_loss).add_(1))
     # coefficient * exponentials - one_hot = coefficient * (exponentials - one_hot / coefficient)
-    if logits.dtype == coefficient.dtype:
-        exponentials.scatter_add_(-1, target, -1 / coefficient)
+    is_narrow = logits.dtype != coefficient.dtype
+    label = torch.full_like(coefficient, -1) if is_narrow else -1 / coefficient
+    label = label if own is None else label.where(own, 0.0)
+    if is_narrow:
+        logits.copy_(exponentials.mul_(coefficient).scatter_add_(-1, target, label))
     else:
-        exponentials.mul_(coefficient).scatter_add_(-1, target, torch.full_like(coefficient, -1))
-        logits.copy_(exponentials)
+        exponentials.scatter_add_(-1, target, label)
     return losses[:, 0]
 
 
@@ -152,6 +186,7 @@ class _Fused(torch.autograd.Function):
         labels: Tensor,
         z_loss: float,
         logits_scale: float,
+        vocabulary: Vocabulary | None,
         weight_gradient_to: Callable[[Tensor], None] | None,
     ) -> Tensor:
         dtype = wide(hidden.dtype)
@@ -170,10 +205,12 @@ class _Fused(torch.autograd.Function):
             logits = torch.mm(chunk, weight.t(), out=buffer[: len(chunk)])
             # The products want many tokens at once, the softmax few: its passes then find their block in the cache.
             coefficient = chunk.new_empty((len(chunk), 1), dtype=dtype)
-            for first in range(0, len(chunk), block := _block_rows(weight)):
+            # What is asked of other processes is asked for a whole chunk: messages cost more than the cache saves.
+            block = _block_rows(weight) if vocabulary is None else len(chunk)
+            for first in range(0, len(chunk), block):
                 part = slice(first, first + block)
                 losses[begin : begin + step][part] = _exponentials(
-                    logits[part], target[part], coefficient[part], logits_scale, z_loss
+                    logits[part], target[part], coefficient[part], logits_scale, z_loss, vocabulary
                 )
             # d loss / d logits = coefficient * what the block holds now. In fp32 the factor goes to the narrow side of
             # both products, sparing a pass over the vocabulary; a narrow dtype needs that pass for its cast anyway
@@ -216,4 +253,4 @@ class _Fused(torch.autograd.Function):
             weight_gradient = None
         elif weight_gradient is not None:
             weight_gradient = weight_gradient.to(ctx.weight_dtype)
-        return x_gradient, weight_gradient, None, None, None, None
+        return x_gradient, weight_gradient, None, None, None, None, None

@@ -13,8 +13,8 @@ from modelyard.model.decoder import Decoder
 def compile_blocks(model: Decoder, *, backend: Any = "inductor") -> None:
     """Compile what each block does before and after its attention, for training; all blocks share the code.
 
-    Fuses norms, rotations, activations and residual sums with each other, and lets the backward compute them again
-    rather than keep them. Whatever runs without gradients (evaluation, generation: other shapes at every call)
+    Fuses norms, rotations, activations and residual sums with each other. What the backward keeps stays the same, unless
+    `recompute_blocks` was there before. Whatever runs without gradients (evaluation, generation: other shapes at every call)
     stays eager, as does attention. The results agree with the eager ones to rounding, not to the bit. `backend` is
     torch.compile's.
     """

@@ -7,7 +7,7 @@ Parameters have the logical names of `Architecture.parameter_shapes`. Inside, ro
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,11 @@ from modelyard.model.activations import ACTIVATIONS
 from modelyard.model.attention import Backend, Segments, flatten_boundaries, one_document
 from modelyard.model.cache import KeyValueCache, LayerCache
 from modelyard.model.elementwise import rms_norm, rotate, swiglu
+from modelyard.model.recompute import cheap
 from modelyard.model.rotary import rotary_table
+
+if TYPE_CHECKING:
+    from modelyard.loss.vocabulary import Vocabulary
 
 
 class Context(NamedTuple):
@@ -32,6 +36,13 @@ class Context(NamedTuple):
     """cos and sin, each [tokens, 1, head_size / 2]."""
 
 
+def local(parameter: Tensor) -> Tensor:
+    """A parameter as computations take it: where a layout has split it (a DTensor), this process's part."""
+    # Asked of the type: of the tensor itself a compiler does not see it.
+    is_split = hasattr(type(parameter), "to_local")
+    return parameter.to_local() if is_split else parameter  # type: ignore[attr-defined]
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, epsilon: float):
         super().__init__()
@@ -39,8 +50,11 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
+        return cheap(self.normalize, x)
+
+    def normalize(self, x: Tensor) -> Tensor:
         # The cast does nothing but after a residual stream that is wider than the weights.
-        return rms_norm(x, self.weight, self.epsilon).to(self.weight.dtype)
+        return rms_norm(x, local(self.weight), self.epsilon).to(self.weight.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -53,7 +67,10 @@ class LayerNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return cheap(self.normalize, x)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        weight, bias = local(self.weight).to(x.dtype), local(self.bias).to(x.dtype)
         return F.layer_norm(x, weight.shape, weight, bias, self.epsilon).to(self.weight.dtype)
 
 
@@ -104,7 +121,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(cheap(swiglu, self.gate_proj(x), self.up_proj(x)))
 
 
 class OtherMLP(nn.Module):
@@ -120,8 +137,13 @@ class OtherMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
-            return self.down_proj(self.activation(self.up_proj(x)))
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+            inner = cheap(self.activation, self.up_proj(x), keeps_more=True)
+        else:
+            inner = cheap(self.gate, self.gate_proj(x), self.up_proj(x), keeps_more=True)
+        return self.down_proj(inner)
+
+    def gate(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.activation(gate) * up
 
 
 def feed_forward(architecture: Architecture) -> nn.Module:
@@ -184,6 +206,8 @@ class Decoder(nn.Module):
         self.rotary_dtype: torch.dtype | None = None
         self.boundaries: Callable[[Tensor, int, torch.device], attention.Attention] = self.whole_rows
         """(cu_seqlens, sequence_length, device) -> the attention of a forward. A layout that splits rows has its own."""
+        self.vocabulary: Vocabulary | None = None
+        """Which words' rows of the head are here, where a layout splits it; None: all."""
         self.is_first, self.is_last = layers.start == 0, layers.stop == architecture.num_layers
         if self.is_first or (self.is_last and architecture.tie_word_embeddings):
             self.embed_tokens = nn.Embedding(architecture.vocab_size, architecture.hidden_size)
@@ -197,8 +221,9 @@ class Decoder(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """The head's matrix [vocabulary, hidden]: the embedding itself where they are tied."""
-        return self.embed_tokens.weight if self.architecture.tie_word_embeddings else self.lm_head.weight
+        """The head's matrix [vocabulary, hidden], or the rows of it that `vocabulary` says: the embedding itself where they
+        are tied."""
+        return local(self.embed_tokens.weight if self.architecture.tie_word_embeddings else self.lm_head.weight)
 
     def forward(
         self,
@@ -244,6 +269,8 @@ class Decoder(nn.Module):
         return Segments(documents, documents, self.backend)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., hidden] -> [..., vocabulary], scaled as the architecture says."""
+        """[..., hidden] -> [..., vocabulary], scaled as the architecture says. Without a gradient where words are split."""
         logits = F.linear(hidden, self.output_weight)
+        if self.vocabulary is not None:
+            logits = self.vocabulary.gather(logits)
         return logits if self.architecture.logits_scale == 1 else logits * self.architecture.logits_scale

@@ -17,13 +17,20 @@ from modelyard.config.layout import Recompute
 from modelyard.data.batch import Batch
 from modelyard.model.compile import compile_blocks
 from modelyard.model.decoder import Decoder
-from modelyard.parallel.data import ShardedWeights, apply_data, write_shard
+from modelyard.model.recompute import recompute_blocks
+from modelyard.parallel.context import apply_context, split
+from modelyard.parallel.data import ShardedWeights, apply_data, units_of, write_shard
 from modelyard.parallel.mesh import Mesh
+from modelyard.parallel.stages import split_layers, stages_of
+from modelyard.parallel.tensor import apply_tensor
+from modelyard.parallel.torch_private import part_like
 from modelyard.train.step import LossOptions, Pipeline
 from modelyard.train.weights import Weights
 
 Write = Callable[[Tensor, Tensor], None]
 """(parameter, full tensor): put this process's part of it into the parameter."""
+Fill = Callable[[Decoder, Write], object]
+"""(part of the decoder, how to write): gives every parameter its first value."""
 
 
 @dataclass
@@ -38,7 +45,32 @@ class Parallel:
 
     def local(self, batch: Batch) -> Batch:
         """What this process computes of its share of rows: all of it, or with context parallelism its chunks."""
-        return batch
+        return split(batch, self.mesh)
+
+    def release(self) -> None:
+        """Give back what a forward without a backward gathered, so that the next one gathers what the weights are then."""
+        for model in self.models:
+            for unit in units_of(model):
+                unit.reshard()
+
+    @property
+    def architecture(self) -> Architecture:
+        """Of the whole model."""
+        return self.models[0].architecture
+
+    @property
+    def own(self) -> list[str]:
+        """The parameters that this process saves: all it has but a second copy, which lies in another stage too."""
+        weights = self.weights
+        copies = weights.copies if isinstance(weights, ShardedWeights) else ()
+        return [name for name in weights.master if name not in copies]
+
+    def parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This process's parts of parameters or moments, by parameter name, as parts of whole tensors (DTensors) with
+        the same storage."""
+        if isinstance(self.weights, Weights):
+            return dict(tensors)
+        return {name: part_like(tensor, self.weights.sharded[name]) for name, tensor in tensors.items()}
 
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Full tensors from this process's parts of them (parameters, gradients, moments), by name; every process of a
@@ -58,14 +90,18 @@ def parallelize(
     sequence_length: int,
     micro_batches: int,
     loss_options: LossOptions,
-    fill: Callable[[Decoder, Write], object],
+    fill: Fill,
     frozen: frozenset[str] = frozenset(),
 ) -> Parallel:
     """Build the model in its layout, `fill` each part's parameters (masters, in fp32 or fp64), freeze those named."""
     layout = mesh.layout
     with torch.device("meta"):
-        models = [Decoder(architecture)]
+        parts = parts_of(architecture, mesh, sequence_length)
+        models = [Decoder(architecture, layers=layers) for layers in parts]
     for model in models:
+        apply_tensor(model, mesh)
+        apply_context(model, mesh)
+        recompute_blocks(model, recompute)
         if compile:
             compile_blocks(model)
         for name, parameter in model.named_parameters():
@@ -75,4 +111,20 @@ def parallelize(
         model.to_empty(device="cpu" if layout.offload else mesh.device)
         fill(model, write_shard)
     weights = ShardedWeights(models, mesh) if mesh.is_distributed else Weights(models[0], compute_dtype)
-    return Parallel(mesh, models[0], models, weights)
+    whole = models[0] if layout.pipeline == 1 else _pipeline(models, mesh, compute_dtype)
+    return Parallel(mesh, whole, models, weights)
+
+
+def parts_of(architecture: Architecture, mesh: Mesh, sequence_length: int) -> list[range]:
+    """The layers of each part of the decoder that this process has: all, or those of its stages."""
+    layout = mesh.layout
+    if layout.pipeline == 1:
+        return [range(architecture.num_layers)]
+    split = split_layers(architecture, layout.stages, sequence_length)
+    return [split[stage] for stage in stages_of(mesh.place("pipeline"), layout)]
+
+
+def _pipeline(models: list[Decoder], mesh: Mesh, compute_dtype: torch.dtype) -> Pipeline:
+    from modelyard.parallel import pipeline  # torch's schedules take a while to import
+
+    return pipeline.Pipeline(models, mesh, compute_dtype)

@@ -9,9 +9,11 @@ gradients. Gradients are summed, never averaged: the loss is a sum over tokens, 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -25,6 +27,10 @@ from torch.distributed.tensor import DTensor, Replicate
 from modelyard.model.decoder import Decoder
 from modelyard.parallel.mesh import Mesh
 from modelyard.parallel.torch_private import local_slice, local_tensor
+
+EMBEDDING = "embed_tokens.weight"
+# What the decoder returns is a view, and nothing writes into it.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
 
 
 def apply_data(model: Decoder, mesh: Mesh, *, compute_dtype: torch.dtype) -> None:
@@ -58,12 +64,13 @@ def apply_data(model: Decoder, mesh: Mesh, *, compute_dtype: torch.dtype) -> Non
     fully_shard(
         model, mesh=mesh.weights, mp_policy=policy, offload_policy=offload, reshard_after_forward=False
     )
-    for module in _units(model):
+    for module in units_of(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
 
 
-def _units(model: nn.Module) -> list[FSDPModule]:
+def units_of(model: nn.Module) -> list[FSDPModule]:
+    """What FSDP gathers and reduces together, the decoder itself first."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
@@ -81,14 +88,23 @@ class ShardedWeights:
     """
 
     def __init__(self, models: Sequence[Decoder], mesh: Mesh):
-        self._units = [unit for model in models for unit in _units(model)]
+        self._units = [unit for model in models for unit in units_of(model)]
         self._stage = mesh.layout.zero_stage
         self.sharded: dict[str, DTensor] = {}
         """The parameters as torch's distributed checkpoint takes them, by logical name."""
+        self._twins: dict[str, DTensor] = {}
         for model in models:
             for name, parameter in model.named_parameters():
                 assert isinstance(parameter, DTensor)
-                self.sharded.setdefault(name, parameter)
+                if self.sharded.setdefault(name, parameter) is not parameter:
+                    self._twins[name] = parameter
+        # The matrix of tied embeddings is in the first stage of a pipeline and in the last.
+        has_first, has_last = any(m.is_first for m in models), any(m.is_last for m in models)
+        shared = {EMBEDDING} if models[0].architecture.tie_word_embeddings else set()
+        self.copies = frozenset(shared if has_last and not has_first else ())
+        """Names that another process has the first copy of: not to be counted, saved or exported here as well."""
+        self._shared = shared if has_first != has_last else set()
+        self._mesh = mesh
         for unit in self._units:
             # FSDP pads its shards once, at first use; from then on their storage stays.
             unit.unshard()
@@ -100,12 +116,15 @@ class ShardedWeights:
         replicas = mesh.layout.replicate
         tensor = mesh.layout.tensor
         self._shares = {
-            name: 1 / (replicas * (tensor if _same_on_tensor_ranks(p) else 1))
+            name: 0.0 if name in self.copies else 1 / (replicas * (tensor if _same_on_tensor_ranks(p) else 1))
             for name, p in self.sharded.items()
         }
 
+    @torch.no_grad()
     def publish(self) -> None:
-        """Nothing: FSDP casts and gathers when a module runs."""
+        """Refresh second copies; for the rest nothing: FSDP casts and gathers when a module runs."""
+        for name, twin in self._twins.items():
+            local_tensor(twin).copy_(self.master[name])
 
     def before_backward(self, *, last: bool) -> None:
         """Say whether the next forward and backward are the step's last: what is communicated then, see above."""
@@ -116,15 +135,62 @@ class ShardedWeights:
             if self._stage < 3:
                 unit.set_reshard_after_backward(last)
 
+    @torch.no_grad()
+    def sum_copies(self) -> None:
+        """Give both copies of a matrix that two stages of a pipeline have the sum of their gradients; once a step, when
+        the gradients are complete. Both sums have the same bits, so both copies stay equal for ever."""
+        for name, twin in self._twins.items():
+            gradient = self.sharded[name].grad
+            if gradient is not None and twin.grad is not None:
+                local_tensor(gradient).add_(local_tensor(twin.grad))
+            twin.grad = None
+        pipeline = self._mesh.size("pipeline")
+        for name in self._shared:
+            gradient = self.sharded[name].grad
+            if gradient is None:
+                continue
+            # Over the pipeline group, between its first process and its last, the shards of both alone.
+            own = local_tensor(gradient)
+            sent = own.to(self._mesh.device)
+            received = torch.empty_like(sent)
+            peer = 0 if name in self.copies else pipeline - 1
+            group = self._mesh.group("pipeline")
+            for work in dist.batch_isend_irecv(
+                [
+                    dist.P2POp(dist.isend, sent, group=group, group_peer=peer),
+                    dist.P2POp(dist.irecv, received, group=group, group_peer=peer),
+                ]
+            ):
+                work.wait()
+            own.copy_(sent + received)
+
     def gradients(self) -> list[Tensor]:
-        """The master gradients of this process's shards that exist, in the order of the parameters."""
+        """The master gradients of this process's shards that exist, in the order of the parameters; once a step."""
         found = []
         for name, sharded in self.sharded.items():
             if sharded.grad is not None:
                 gradient = local_tensor(sharded.grad)
                 self.master[name].grad = gradient
                 found.append(gradient)
+        self._sum_over_tokens()
         return found
+
+    @torch.no_grad()
+    def _sum_over_tokens(self) -> None:
+        """With sequence parallelism: sum the gradients of norms and the like, which each tensor-parallel process has of its
+        own tokens. One all-reduce a step, of the shards, in the masters' dtype; FSDP would have made one for each
+        parameter and micro-batch, in the dtype of the computation."""
+        if not self._mesh.layout.sequence_parallel or self._mesh.size("tensor") == 1:
+            return
+        parts = [self.master[name].grad for name, p in self.sharded.items() if _same_on_tensor_ranks(p)]
+        gradients = [part for part in parts if part is not None and part.numel()]
+        if not gradients:
+            return
+        total = torch.cat([gradient.flatten() for gradient in gradients]).to(self._mesh.device)
+        dist.all_reduce(total, group=self._mesh.group("tensor"))
+        sizes = [gradient.numel() for gradient in gradients]
+        for gradient, summed in zip(gradients, total.split(sizes), strict=True):
+            gradient.copy_(summed.view_as(gradient))
 
     def square_norm(self) -> Tensor:
         """This process's share of the squared norm of the gradient: what several processes hold counts once in all."""
@@ -133,6 +199,8 @@ class ShardedWeights:
             if p.grad is not None:
                 shares.append(self._shares[name])
                 gradients.append(p.grad)
+        if not gradients:  # all that this process has is frozen
+            return torch.zeros((), dtype=torch.float64, device=self._mesh.device)
         norms = torch.stack(torch._foreach_norm(gradients)).double()
         return norms.square() @ norms.new_tensor(shares)
 

@@ -28,7 +28,7 @@ class Mesh:
             raise ValueError(f"{dist.get_world_size()} processes cannot have the layout {layout}")
         self.rank = dist.get_rank()
         self._root = init_device_mesh(device.type, layout.sizes, mesh_dim_names=DIMENSIONS)
-        flattened(self._root, ("shard", "context"), "weights")
+        self._weights = flattened(self._root, ("shard", "context"), "weights")
 
     @property
     def is_distributed(self) -> bool:
@@ -61,7 +61,7 @@ class Mesh:
         """Processes that FSDP keeps one set of weights in: those along `shard` and `context`, which both see other tokens
         with the same weights. Two dimensions, (replicate, weights), where there are several copies."""
         assert self._root is not None
-        return self._root["replicate", "weights"] if self.layout.replicate > 1 else self._root["weights"]
+        return self._root["replicate", "weights"] if self.layout.replicate > 1 else self._weights
 
     @property
     def share(self) -> int:
@@ -79,19 +79,23 @@ class Mesh:
         """Whether this process speaks for its tokens: each token of the batch has one such process."""
         return self.place("pipeline") == 0 and self.place("tensor") == 0
 
-    def total(self, loss: Tensor | float, square: Tensor | float, targets: int) -> tuple[float, float, int]:
+    def total(
+        self, loss: Tensor | float, square: Tensor | float, targets: int, *, stop: bool = False
+    ) -> tuple[float, float, int, bool]:
         """The sums over all processes of a step's loss, squared gradient and trained tokens, in one message.
 
-        `loss` counts where `has_loss`, `targets` where `has_tokens`; `square` is already each process's own share.
+        `loss` counts where `has_loss`, `targets` where `has_tokens`; `square` is already each process's own share. Last:
+        whether `stop` is so for any process.
         """
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         sums[0] += loss if self.has_loss else 0.0
         sums[1] += square
         sums[2] += targets if self.has_tokens else 0
+        sums[3] += stop
         if self.is_distributed:
             dist.all_reduce(sums)
-        total_loss, total_square, total_targets = sums.tolist()
-        return total_loss, total_square, round(total_targets)
+        total_loss, total_square, total_targets, stops = sums.tolist()
+        return total_loss, total_square, round(total_targets), stops > 0
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place."""

@@ -1,9 +1,14 @@
-"""What distributed torch has only under private names, each with the versions it was tried on."""
+"""What distributed torch has only under private names, or calls otherwise in 2.11 and 2.13."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -22,6 +27,48 @@ def local_slice(parameter: DTensor) -> tuple[slice, ...]:
     return tuple(slice(begin, begin + length) for begin, length in zip(offset, shape, strict=True))
 
 
+def part_like(local: Tensor, whole: DTensor) -> DTensor:
+    """`local` as this process's part of a tensor that is split as `whole` is: the very storage, wherever it lies.
+    `DTensor.from_local` would copy what the host keeps (offload) to the GPU (torch 2.11, 2.13)."""
+    return DTensor(local, whole._spec, requires_grad=False)  # type: ignore[call-arg, arg-type]
+
+
 def local_tensor(tensor: Tensor) -> Tensor:
     """This process's part of a DTensor, the very storage, outside of autograd; any other tensor as it is."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def gather_into(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> None:
+    """Every process's `part`, laid end to end along the first dimension, into `whole`, on every process.
+
+    `all_gather_into_tensor` until 2.12, then `all_gather_single`; the old name warns.
+    """
+    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(whole, part, group=group)
+
+
+def reduce_scatter_into(part: Tensor, whole: Tensor, group: dist.ProcessGroup) -> None:
+    """The sum over processes of `whole`, cut along the first dimension: this process's piece into `part`.
+
+    `reduce_scatter_tensor` until 2.12, then `reduce_scatter_single`; the old name warns.
+    """
+    getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(part, whole, group=group)
+
+
+def finish_backward(module: FSDPModule) -> None:
+    """What FSDP does with the gradients at the end of a backward, for one that autograd did not run as a whole: adds them
+    up in the reduced dtype, reduces and reshards as `module` (a root) is set. torch's own pipeline schedules do it so,
+    too (`PipelineStage.perform_reduce_grad`; torch 2.11, 2.13)."""
+    module._get_fsdp_state()._root_post_backward_final_callback()
+
+
+def held_graph(outputs: Iterable[Tensor]) -> list[Tensor]:
+    """What keeps the graph behind `outputs` alive when they are detached in place, as torch's split backward does between
+    its two halves. In torch 2.11 a Python reference to the node of a custom autograd function, which is all that is left
+    then, does not keep that node (in 2.13 it does)."""
+    return [output.view_as(output) for output in outputs]
+
+
+def without_first_messages(stage: Any) -> None:
+    """Keep a pipeline stage from exchanging a first message with its neighbours, for a group that has talked before: a
+    neighbour may be on the same process, and gloo has no connection to itself (torch 2.11; 2.13 does not send it)."""
+    stage._get_init_p2p_neighbors_ops = list

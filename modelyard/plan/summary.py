@@ -21,6 +21,7 @@ from modelyard.config.disk import (
     size,
 )
 from modelyard.config.huggingface import can_export, weight_problems
+from modelyard.config.layout import layout_of, shape_problems, smallest_world, world_problems
 from modelyard.config.loader import Loaded
 from modelyard.config.model import base_model_of
 from modelyard.config.optimizer import LearningRateConfig
@@ -31,6 +32,7 @@ from modelyard.config.train import TrainConfig
 from modelyard.data.store import MASK_LANE
 from modelyard.data.stream import DataStream, ids_outside_vocabulary
 from modelyard.errors import UserError, missing_path
+from modelyard.plan.layout import layout_rows
 from modelyard.train.schedule import learning_rate
 
 _PLOT_COLUMNS = 60
@@ -43,9 +45,10 @@ ANY_VOCABULARY = 2**31
 """Stands for a vocabulary that is not known yet."""
 
 
-def summarise(loaded: Loaded) -> tuple[str, list[str], list[str]]:
+def summarise(loaded: Loaded, processes: int | None = None) -> tuple[str, list[str], list[str]]:
     """The whole summary as text, what has to be changed before it can run, and what may have to be.
 
+    `processes` is how many the run is to have; None: as few as it can.
     Problems that make a configuration unreadable are raised by `load_config` before this.
     """
     problems, warnings = list(loaded.problems), list(loaded.warnings)
@@ -53,7 +56,7 @@ def summarise(loaded: Loaded) -> tuple[str, list[str], list[str]]:
     if loaded.kind == "prepare":
         warnings += _missing_sources(loaded.prepare)
     else:
-        blocks += _training_blocks(loaded, problems, warnings)
+        blocks += _training_blocks(loaded, processes, problems, warnings)
     text = "\n\n".join(f"{title}\n{_indented(body)}" for title, body in blocks if body)
     return text, list(dict.fromkeys(problems)), list(dict.fromkeys(warnings))
 
@@ -91,12 +94,15 @@ def _missing_sources(config: PrepareConfig) -> list[str]:
     ]
 
 
-def _training_blocks(loaded: Loaded, problems: list[str], warnings: list[str]) -> list[tuple[str, str]]:
+def _training_blocks(
+    loaded: Loaded, processes: int | None, problems: list[str], warnings: list[str]
+) -> list[tuple[str, str]]:
     config, architecture = loaded.train, loaded.architecture
     blocks = [("model", _table(_model_rows(config, architecture)))]
     if config.pretrained is not None and config.pretrained.model_weights:
         problems += weight_problems(config.pretrained.path)
     blocks.append(("batch", _table(_batch_rows(config))))
+    blocks.append(("layout", _table(_layout_rows(loaded, processes, problems))))
     blocks.append(("data", _table(_data_rows(config, architecture, problems, warnings))))
     if architecture is not None:
         blocks.append(("compute", _table(_compute_rows(config, architecture))))
@@ -182,12 +188,21 @@ def _batch_rows(config: TrainConfig) -> list[tuple[str, str]]:
     return [
         (
             "tokens per iteration",
-            f"{batch.tokens:,} ({batch.batch_size:,} rows of {batch.sequence_length:,}, "
-            f"{batch.micro_batches:,} micro-batches of {batch.micro_batch_size:,})",
+            f"{batch.tokens:,} ({batch.batch_size:,} rows of {batch.sequence_length:,})",
         ),
         ("total tokens", f"{batch.tokens * iterations:,} ({iterations:,} iterations)"),
         ("documents", _packing(config)),
     ]
+
+
+def _layout_rows(loaded: Loaded, processes: int | None, problems: list[str]) -> list[tuple[str, str]]:
+    smallest = smallest_world(loaded.train)
+    processes = processes or smallest
+    if impossible := world_problems(loaded.train, processes):
+        problems += loaded.placed(impossible)
+    if impossible or shape_problems(loaded.train, loaded.architecture):
+        return [("processes", f"{processes} cannot be laid out so")]
+    return layout_rows(loaded.train, loaded.architecture, layout_of(loaded.train, processes), smallest)
 
 
 def _packing(config: TrainConfig) -> str:

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from modelyard.config.layout import smallest_world
 from modelyard.config.traces import trace_warnings
+from modelyard.plan.layout import layout_rows
 from modelyard.train.build import compiles
 
 if TYPE_CHECKING:
@@ -21,8 +23,11 @@ def announce(run: Run, remarks: list[str]) -> None:
     console.line(
         f"{run.architecture.parameter_count():,} parameters, {config.model.distributed.training_dtype} on "
         f"{run.device.type} ({torch.get_num_threads()} threads), {config.batch.tokens:,} tokens an iteration "
-        f"(micro-batches of {config.batch.micro_batch_size})"
+        f"(micro-batches of {config.batch.micro_rows(run.mesh.layout.data)})"
     )
+    if not run.world.is_alone:
+        for name, text in layout_rows(config, run.architecture, run.mesh.layout, smallest_world(config)):
+            console.line(f"{name}: {text}")
     for line in run.stream.describe():
         console.line(line)
     for line in trace_warnings(config):

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from modelyard.config.architecture import Architecture
+from modelyard.config.layout import splits_backward
 from modelyard.config.model import BaseModelConfig, init_limits
 from modelyard.config.train import TrainConfig
 from modelyard.data.stream import DataStream
 from modelyard.errors import UserError
 from modelyard.model.decoder import Decoder
-from modelyard.model.formats import load_weights, open_huggingface
+from modelyard.model.formats import WeightSource, fit_problems, load_weights, open_huggingface
 from modelyard.model.init import InitStd, initialize
+from modelyard.parallel.apply import Fill, Write
 from modelyard.train.step import LossOptions
 
 
@@ -31,7 +34,7 @@ def compiles(config: TrainConfig, device: torch.device) -> bool:
     """Whether the model's blocks are compiled; raises UserError where this machine cannot."""
     wanted = config.training.compile
     if wanted == "auto":
-        return device.type == "cuda"
+        return device.type == "cuda" and not splits_backward(config.model.distributed)
     compiler = os.environ.get("CXX") or "g++"
     if wanted and device.type == "cpu" and not shutil.which(compiler):
         raise UserError(
@@ -48,19 +51,15 @@ def loss_options(model: BaseModelConfig) -> LossOptions:
     )
 
 
-def build_model(architecture: Architecture, device: torch.device) -> Decoder:
-    """A decoder with allocated fp32 parameters whose values are still to come."""
-    with torch.device("meta"):
-        model = Decoder(architecture)
-    return model.to_empty(device=device)
+def first_weights(architecture: Architecture, config: TrainConfig) -> tuple[Fill, str]:
+    """What fills the parameters: from `pretrained`, or drawn by (seed, name); and a line that says which.
 
-
-def initial_weights(model: Decoder, architecture: Architecture, config: TrainConfig) -> str:
-    """Fill the parameters: from `pretrained`, or drawn by (seed, name). Returns a line that says which."""
+    Raises UserError where the pretrained weights do not fit.
+    """
     pretrained = config.pretrained
     if pretrained is not None and pretrained.model_weights:
-        load_weights(model, open_huggingface(Path(pretrained.path)).weights, pretrained.path)
-        return f"weights from {pretrained.path}"
+        source = open_huggingface(Path(pretrained.path)).weights
+        return stored_weights(source, architecture, pretrained.path), f"weights from {pretrained.path}"
     transformer = config.model.base_model.transformer
     seed = config.model.distributed.seed
     std = InitStd.for_architecture(
@@ -73,8 +72,18 @@ def initial_weights(model: Decoder, architecture: Architecture, config: TrainCon
         mlp_out=transformer.init_method_std_mlp_2,
         limits=init_limits(config.model.base_model),
     )
-    initialize(model, seed, std)
-    return f"weights drawn from seed {seed}"
+    return lambda model, write: initialize(model, seed, std, write=write), f"weights drawn from seed {seed}"
+
+
+def _load(model: Decoder, write: Write, *, source: WeightSource, where: str) -> None:
+    load_weights(model, source, where, write=write)
+
+
+def stored_weights(source: WeightSource, architecture: Architecture, where: Path | str) -> Fill:
+    """What fills the parameters from a checkpoint or another folder. Raises UserError where they do not fit."""
+    if problems := fit_problems(source, architecture, where):
+        raise UserError(*problems)
+    return partial(_load, source=source, where=str(where))
 
 
 def open_stream(config: TrainConfig, name: str, architecture: Architecture) -> DataStream:

@@ -15,19 +15,21 @@ import pickle
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from torch.distributed.checkpoint import SavePlan, SavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from modelyard.config.architecture import Architecture, Rotary
 from modelyard.errors import UserError, missing_path
 from modelyard.files import CHECKSUM_LIMIT, complete_or_absent, damage, numbered_folders, write_json
+from modelyard.parallel.world import World
 from modelyard.train.torch_private import SafeFileSystemReader
 
 FORMAT_VERSION = 1
@@ -40,35 +42,64 @@ def save_checkpoint(
     moments: Mapping[str, torch.Tensor],
     state: dict[str, Any],
     config: dict[str, Any],
+    world: World | None = None,
 ) -> None:
-    """Write a checkpoint that appears at `folder` only once it is complete and durable."""
-    with complete_or_absent(folder, manifest=True) as temporary:
+    """Write a checkpoint that appears at `folder` only once it is complete and durable.
+
+    Of several processes (`world`) each gives its parts of the tensors, as DTensors, and all must call this; the folder is
+    the same as one process writes, but for the number of its files. What goes wrong in one is raised in all.
+    """
+    world = world or World()
+    with _one_folder(folder, world) as temporary:
         tensors = {f"model.{name}": p.detach() for name, p in parameters.items()}
         tensors |= {f"optimizer.{name}": moment for name, moment in moments.items()}
-        with _alone():
-            dcp.save(
-                tensors, storage_writer=dcp.FileSystemWriter(str(temporary), sync_files=False), no_dist=True
-            )
-        write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, **state})
-        (temporary / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        with _plain_errors():
+            writer = _Writer(str(temporary), sync_files=False)
+            dcp.save(tensors, storage_writer=writer, process_group=world.group, no_dist=world.is_alone)
+        if world.is_main:
+            write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, **state})
+            text = yaml.safe_dump(config, sort_keys=False)
+            (temporary / "config.yaml").write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """Around calls of torch's distributed checkpoint in one process: the disk's own error comes out as it is.
+def _one_folder(folder: Path, world: World) -> Iterator[Path]:
+    """`complete_or_absent` in the main process; the others write into what it made, and go on when it is complete."""
+    with ExitStack() as stack:
+        with world.together():
+            temporary = folder.with_name(folder.name + ".tmp")
+            if world.is_main:
+                temporary = stack.enter_context(complete_or_absent(folder, manifest=True))
+        with world.together():
+            yield temporary
+        with world.together():
+            stack.close()
 
-    It wraps whatever happens, and torch.save hides a full disk behind a position that it did not expect.
-    """
+
+class _Writer(dcp.FileSystemWriter):
+    """`FileSystemWriter` that fails with the disk's own error, which pickling would lose on its way to other processes:
+    torch.save hides a full disk behind a position that it did not expect."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise (cause or error) from None
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Around calls of torch's distributed checkpoint, which wraps whatever happens: the first error comes out as it is."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             yield
     except CheckpointException as failure:
         for error, _ in failure.failures.values():
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
-                cause = cause.__cause__ or cause.__context__
-            raise (cause or error) from None
+            raise error from None
         raise
 
 
@@ -115,7 +146,10 @@ class Checkpoint:
         return architecture_from(self.state["architecture"])
 
     def load_into(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Fill `tensors` (`model.…`, `optimizer.…`) in place. Raises UserError on a missing or misshapen one."""
+        """Fill `tensors` (`model.…`, `optimizer.…`) in place: whole ones, or one process's parts of them as DTensors.
+
+        No process waits for another. Raises UserError on a missing or misshapen one.
+        """
         problems = []
         for name, tensor in tensors.items():
             if name not in self._tensors:
@@ -128,7 +162,7 @@ class Checkpoint:
         if problems:
             raise UserError(*problems)
         try:
-            with _alone():
+            with _plain_errors():
                 dcp.load(dict(tensors), storage_reader=self._reader, no_dist=True)
         except OSError as error:
             raise UserError(f"{self.folder} cannot be read: {error.strerror or error}") from error

@@ -13,9 +13,15 @@ from modelyard.train.appending import AppendedFile
 
 
 class Console:
-    """Prints lines; a log file, once there is one, gets them all, each with its time."""
+    """Prints lines; a log file, once there is one, gets them all, each with its time.
 
-    def __init__(self) -> None:
+    Where it does not `speak` (every process but the main one) the log file is all.
+    """
+
+    def __init__(self, *, speaks: bool = True) -> None:
+        self._speaks = speaks
+        self.path: Path | None = None
+        """Of the log file, once there is one."""
         self._file: AppendedFile | None = None
         self._early = ""
         self._progress: Any = None
@@ -23,12 +29,12 @@ class Console:
 
     def open_log(self, path: Path) -> None:
         """Append to `path` from here on, beginning with the lines so far."""
-        self._file = AppendedFile(path, self.line)
+        self._file, self.path = AppendedFile(path, self.line), path
         self._file.write(self._early)
 
     def start_bar(self, total: int, *, done: int) -> None:
         """Show a bar of `total` iterations below the lines, on a terminal only."""
-        if sys.stdout.isatty():
+        if self._speaks and sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._progress = Progress(
@@ -45,12 +51,16 @@ class Console:
         try:
             if self._progress is not None:
                 self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-            elif not self._gone:
+            elif self._speaks and not self._gone:
                 print(text, flush=True)
         except OSError as error:
             if error.errno in (errno.EPIPE, errno.EIO):
                 self._reader_left()
             # Else standard output lies on a full disk; what is left in its buffer is tried again.
+        self.keep(text)
+
+    def keep(self, text: str) -> None:
+        """As `line`, for the log file alone."""
         now = datetime.now().isoformat(sep=" ", timespec="seconds")
         lines = "".join(f"{now}  {part}\n" for part in text.splitlines())
         if self._file is None:

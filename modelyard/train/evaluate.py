@@ -4,60 +4,109 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
+from modelyard.config.layout import layout_of
 from modelyard.config.loader import Loaded
 from modelyard.errors import UserError, missing_path
-from modelyard.model.formats import load_weights
-from modelyard.train.build import build_model, compute_device, open_stream, tokenizer_folder
-from modelyard.train.checkpoint import open_checkpoint
+from modelyard.parallel.apply import parallelize
+from modelyard.parallel.mesh import Mesh, alone
+from modelyard.parallel.world import connected
+from modelyard.train.build import (
+    compute_device,
+    loss_options,
+    open_stream,
+    stored_weights,
+    tokenizer_folder,
+)
+from modelyard.train.checkpoint import Checkpoint, open_checkpoint
+from modelyard.train.console import Console
 from modelyard.train.evaluators import Evaluators
+from modelyard.train.failure import on_its_own
 from modelyard.train.weights import DTYPES
 
 
 def evaluate(loaded: Loaded, *, checkpoint: Path | None, as_json: bool) -> int:
     """Run every evaluator (and the test set, if the config has one) once. Returns the exit status.
 
-    `checkpoint` is a checkpoint folder; None takes the newest of `run.experiment_dir`.
+    `checkpoint` is a checkpoint folder; None takes the newest of `run.experiment_dir`. Under torchrun every process of the
+    job calls this; the main one speaks.
     """
     config = loaded.train
     if not config.training.evaluators and not config.training.test_iters:
         raise UserError("training.evaluators is empty: there is nothing to evaluate")
-    source = open_checkpoint(checkpoint or config.run.experiment_dir)
+    distributed = config.model.distributed
+    logs = config.run.experiment_dir / "logs"
+    with ExitStack() as stack:
+        world = stack.enter_context(
+            connected(backend=distributed.backend, timeout=distributed.timeout, traces=logs)
+        )
+        stack.enter_context(on_its_own(world, Console(speaks=False), lambda: "the evaluation"))
+
+        def say(text: str) -> None:
+            if world.is_main:
+                print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+        found = None
+        with world.together():
+            layout = layout_of(config, world.size)
+            if world.is_main:
+                found = _source(loaded, checkpoint).folder
+        found = world.tell(found)
+        assert found is not None
+        with world.together():
+            source = Checkpoint(found, verify=False)
+            fill = stored_weights(source, source.architecture, found)
+            tokenizer = None
+            if "training" in config.data.datasets:
+                tokenizer = tokenizer_folder(config, open_stream(config, "training", source.architecture))
+            evaluators = Evaluators(
+                config, source.architecture, tokenizer_folder=tokenizer, say=say, world=world
+            )
+        device, dtype = compute_device(), DTYPES[distributed.training_dtype]
+        parallel = parallelize(
+            source.architecture,
+            alone(device) if world.is_alone else Mesh(layout, device),
+            # Alone there is no need of master weights beside those to compute with.
+            compute_dtype=torch.promote_types(dtype, torch.float32) if world.is_alone else dtype,
+            recompute="none",
+            compile=False,
+            sequence_length=config.batch.sequence_length,
+            micro_batches=config.batch.micro_batches(layout.data),
+            loss_options=loss_options(config.model.base_model),
+            fill=fill,
+        )
+        parallel.weights.publish()
+        if world.is_alone:
+            parallel.models[0].to(dtype)
+        say(f"checkpoint {found}")
+        records = [
+            evaluators.run(name, entry, parallel, source.iteration)
+            for name, entry in config.training.evaluators.items()
+        ]
+        if config.training.test_iters:
+            records.append(evaluators.test(parallel, source.iteration))
+        if as_json and world.is_main:
+            for record in records:
+                print(json.dumps(record))
+    return 0
+
+
+def _source(loaded: Loaded, checkpoint: Path | None) -> Checkpoint:
+    """The checkpoint to evaluate. Raises UserError where there is none, or one of another model."""
+    folder = loaded.train.run.experiment_dir
+    source = open_checkpoint(checkpoint or folder)
     if source is None:
-        where = checkpoint or config.run.experiment_dir / "checkpoint"
+        where = checkpoint or folder / "checkpoint"
         raise UserError(
             f"no checkpoint to evaluate: {missing_path(where) if not where.exists() else f'none in {where}'}"
         )
-    folder = source.folder
     if (
         loaded.architecture is not None
         and loaded.architecture.parameter_shapes() != source.architecture.parameter_shapes()
     ):
-        raise UserError(f"{folder} holds a model of another shape than the config describes")
-
-    def say(text: str) -> None:
-        print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
-
-    device = compute_device()
-    dtype = DTYPES[config.model.distributed.training_dtype]
-    model = build_model(source.architecture, device).to(torch.promote_types(dtype, torch.float32))
-    load_weights(model, source, str(folder))
-    model.to(dtype)
-    say(f"checkpoint {folder}")
-    tokenizer = None
-    if "training" in config.data.datasets:
-        tokenizer = tokenizer_folder(config, open_stream(config, "training", source.architecture))
-    evaluators = Evaluators(config, source.architecture, device=device, tokenizer_folder=tokenizer, say=say)
-    records = [
-        evaluators.run(name, entry, model, source.iteration)
-        for name, entry in config.training.evaluators.items()
-    ]
-    if config.training.test_iters:
-        records.append(evaluators.test(model, source.iteration))
-    if as_json:
-        for record in records:
-            print(json.dumps(record))
-    return 0
+        raise UserError(f"{source.folder} holds a model of another shape than the config describes")
+    return source

@@ -5,19 +5,24 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from modelyard.config.architecture import Architecture
 from modelyard.config.train import TrainConfig
 from modelyard.config.training import EvaluatorConfig, LossEvaluatorConfig, SamplesEvaluatorConfig
 from modelyard.data.stream import DataStream
 from modelyard.errors import UserError
+from modelyard.generate.sample import Alone
 from modelyard.model.decoder import Decoder
+from modelyard.parallel.apply import Parallel
+from modelyard.parallel.context import whole_rows
+from modelyard.parallel.world import World
 from modelyard.train.build import loss_options, open_stream
 from modelyard.train.step import LossOptions, loss_sum, micro_batches
 
@@ -30,45 +35,85 @@ class Evaluation:
 
 
 def evaluate_loss(
-    model: Decoder,
+    parallel: Parallel,
     stream: DataStream,
     *,
     iterations: int | None,
     micro_batch_size: int,
     options: LossOptions,
-    device: torch.device,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Loss over the first `iterations` batches of `stream`, the same ones each time; None: over every document once.
 
-    Returns None when `stop` cut it short.
+    Every process calls it and reads its share of the rows. Returns None when `stop`, which all must answer alike, cut it
+    short.
     """
+    model, mesh, device = parallel.model, parallel.mesh, parallel.mesh.device
+    share = (mesh.share, mesh.layout.data)
     total = torch.zeros((), dtype=torch.float64, device=device)
     targets = 0
+    batches = (
+        stream.one_pass(share)
+        if iterations is None
+        else (stream.batch(index, share) for index in range(iterations))
+    )
     with torch.no_grad():
-        for batch in stream.one_pass() if iterations is None else map(stream.batch, range(iterations)):
+        for batch in batches:
             if stop():
                 return None
-            targets += batch.num_targets
-            for micro_batch in micro_batches(batch, micro_batch_size, device):
-                total += loss_sum(model, micro_batch, options)
-    return Evaluation(total.item() / max(targets, 1), targets)
+            local = parallel.local(batch)
+            targets += local.num_targets
+            parts = micro_batches(local, micro_batch_size, device)
+            if isinstance(model, Decoder):
+                for micro_batch in parts:
+                    total += loss_sum(model, micro_batch, options)
+            else:
+                total += model.loss_sums(list(parts), options)
+    parallel.release()
+    loss, _, targets, _ = mesh.total(total, 0.0, targets)
+    return Evaluation(loss / max(targets, 1), targets)
+
+
+class _InLockStep:
+    """A model that is spread over processes, as `generate` takes one: all of them compute the same text."""
+
+    def __init__(self, parallel: Parallel, world: World):
+        self._parallel, self._world = parallel, world
+        self.architecture = parallel.architecture
+
+    def start(self) -> Callable[[Sequence[int]], Tensor]:
+        model = self._parallel.model
+        if isinstance(model, Decoder):
+            return Alone(model).start()
+        seen: list[int] = []
+
+        def read_again(tokens: Sequence[int]) -> Tensor:
+            seen.extend(tokens)
+            return model.last_logits(seen)
+
+        return read_again
+
+    def settle(self, token: int) -> int:
+        return self._world.tell(token)
 
 
 class Evaluators:
-    """The evaluators of a config, ready to run on a model; `stop` is asked between batches and prompts."""
+    """The evaluators of a config, ready to run on a model in its layout, by all processes alike.
+
+    `stop` is asked between batches and prompts.
+    """
 
     def __init__(
         self,
         config: TrainConfig,
         architecture: Architecture,
         *,
-        device: torch.device,
         tokenizer_folder: Path | None,
         say: Callable[[str], None],
         stop: Callable[[], bool] = lambda: False,
+        world: World | None = None,
     ):
-        self._config, self._device, self._say, self._stop = config, device, say, stop
+        self._config, self._say, self._stop, self._world = config, say, stop, world or World()
         self._tokenizer_folder = tokenizer_folder
         # What is trained for beside the loss is no part of the loss.
         self._options = dataclasses.replace(loss_options(config.model.base_model), z_loss=0.0)
@@ -92,28 +137,29 @@ class Evaluators:
         """The data that is evaluated on."""
         return list(self._streams.values())
 
-    def run(self, name: str, entry: EvaluatorConfig, model: Decoder, iteration: int) -> dict[str, Any] | None:
+    def run(
+        self, name: str, entry: EvaluatorConfig, parallel: Parallel, iteration: int
+    ) -> dict[str, Any] | None:
         """Run one evaluator; returns its record for the metrics, None when it was told to stop."""
         if isinstance(entry.evaluator, SamplesEvaluatorConfig):
-            return self._samples(name, entry.evaluator, model, iteration)
-        return self._loss(name, entry.evaluator.iterations, model, iteration)
+            return self._samples(name, entry.evaluator, parallel, iteration)
+        return self._loss(name, entry.evaluator.iterations, parallel, iteration)
 
-    def test(self, model: Decoder, iteration: int) -> dict[str, Any] | None:
+    def test(self, parallel: Parallel, iteration: int) -> dict[str, Any] | None:
         """Loss on the dataset `test`, as `training.test_iters` says."""
-        return self._loss("test", self._config.training.test_iters, model, iteration)
+        return self._loss("test", self._config.training.test_iters, parallel, iteration)
 
     def _loss(
-        self, name: str, iterations: int | None, model: Decoder, iteration: int
+        self, name: str, iterations: int | None, parallel: Parallel, iteration: int
     ) -> dict[str, Any] | None:
         begin = time.perf_counter()
         stream = self._streams[name]
         evaluation = evaluate_loss(
-            model,
+            parallel,
             stream,
             iterations=iterations,
-            micro_batch_size=self._config.batch.micro_batch_size,
+            micro_batch_size=self._config.batch.micro_rows(parallel.mesh.layout.data),
             options=self._options,
-            device=self._device,
             stop=self._stop,
         )
         if evaluation is None:
@@ -130,12 +176,12 @@ class Evaluators:
         }
 
     def _samples(
-        self, name: str, settings: SamplesEvaluatorConfig, model: Decoder, iteration: int
+        self, name: str, settings: SamplesEvaluatorConfig, parallel: Parallel, iteration: int
     ) -> dict[str, Any] | None:
         from modelyard.generate.text import Generator, SamplingOptions
 
         assert self._tokenizer_folder is not None
-        generator = Generator(model, self._tokenizer_folder)
+        generator = Generator(_InLockStep(parallel, self._world), self._tokenizer_folder)
         samples = []
         for index, prompt in enumerate(settings.prompts):
             if self._stop():
@@ -147,7 +193,9 @@ class Evaluators:
                 top_p=settings.top_p,
                 seed=settings.seed + index,
             )
-            text = generator.complete(prompt, options).text
+            with whole_rows(*parallel.models):
+                text = generator.complete(prompt, options).text
             samples.append({"prompt": prompt, "text": text})
             self._say(f"{name} at iteration {iteration}: {prompt!r} → {text!r}")
+        parallel.release()
         return {"iteration": iteration, "evaluator": name, "samples": samples}

@@ -20,8 +20,9 @@ Happening = Literal[
 class EventLog:
     """Says what happens on the console and keeps it, one JSON line each; before `open` it is kept in memory."""
 
-    def __init__(self, console: Console):
-        self._console = console
+    def __init__(self, console: Console, *, kept: bool = True):
+        """`kept` False: they are only said, because another process keeps the same."""
+        self._console, self._kept = console, kept
         self._file: AppendedFile | None = None
         self._early = ""
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
@@ -29,6 +30,8 @@ class EventLog:
 
     def open(self, path: Path) -> None:
         """Append to `path` from here on, beginning with the events so far."""
+        if not self._kept:
+            return
         self._file = AppendedFile(path, self._console.line)
         if self._early:
             self._file.write(self._early)
@@ -37,6 +40,8 @@ class EventLog:
         """Keep `event` with the time [seconds since 1970]; `text` is for people, `facts` are further numbers."""
         if say:
             self._console.line(text)
+        if not self._kept:
+            return
         record = {
             "time": round(time.time(), 3),
             "iteration": iteration,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from modelyard.config.architecture import Architecture
 from modelyard.config.huggingface import FAMILIES, can_export, read_config
@@ -13,51 +14,100 @@ from modelyard.config.train import TrainConfig
 from modelyard.errors import UserError, missing_path
 from modelyard.files import numbered_folders
 from modelyard.model.formats import WeightSource, export_huggingface, open_huggingface
+from modelyard.parallel.apply import Parallel
+from modelyard.parallel.world import World
 from modelyard.train.checkpoint import Checkpoint, open_checkpoint
 from modelyard.train.weights import DTYPES
 
 
 class LiveWeights:
-    """The parameters of a running model as a source of weights."""
+    """The parameters of a running model as a source of weights; in a layout, gathered one tensor at a time.
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter]):
-        self.parameters = parameters
+    The main process asks for tensors with `load`, while the others answer in `serve`, until it calls `done`.
+    """
+
+    def __init__(self, parallel: Parallel, world: World):
+        self._parallel, self._world = parallel, world
+        self._dtype = next(iter(parallel.weights.master.values())).dtype
+        self._shapes = parallel.architecture.parameter_shapes()
+        self._owner: dict[str, int] = {}
+        """Of each parameter's stage the lowest rank, which hands it on."""
+        for number, names in enumerate(world.gather(parallel.own)):
+            for name in names:
+                self._owner.setdefault(name, number)
 
     def names(self) -> list[str]:
-        return list(self.parameters)
+        return list(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.parameters[name].shape)
+        return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.parameters[name].dtype
+        return self._dtype
 
-    def load(self, name: str) -> torch.Tensor:
-        return self.parameters[name].detach()
+    def load(self, name: str) -> Tensor:
+        self._world.tell(name)
+        tensor = self._gathered(name)
+        assert tensor is not None
+        return tensor
+
+    def serve(self) -> None:
+        """Answer the main process until it has what it wants."""
+        asked: str | None = None
+        while (asked := self._world.tell(asked)) is not None:
+            self._gathered(asked)
+
+    def done(self) -> None:
+        self._world.tell(None)
+
+    def _gathered(self, name: str) -> Tensor | None:
+        """The full tensor in the main process and in those that hold parts of it."""
+        world, parallel, owner, full = self._world, self._parallel, self._owner[name], None
+        if name in parallel.own:
+            full = parallel.whole({name: parallel.weights.master[name].detach()})[name]
+        if owner == 0:
+            return full
+        if world.rank == owner:
+            assert full is not None
+            world.send(full.cpu().contiguous(), to=0)
+        elif world.is_main:
+            full = world.receive(torch.empty(self._shapes[name], dtype=self._dtype), sender=owner)
+        return full
 
 
 def export_weights(
-    parameters: dict[str, torch.nn.Parameter],
+    parallel: Parallel,
     destination: Path,
     *,
-    architecture: Architecture,
     config: TrainConfig,
     tokenizer_folder: Path | None,
+    world: World,
 ) -> None:
-    """Write the model as `training.export` says; `destination` appears only once it is complete."""
+    """Write the model as `training.export` says; `destination` appears only once it is complete.
+
+    Every process calls this, the main one writes; what goes wrong there is raised in all.
+    """
     export = config.training.export
     assert export.format is not None
-    export_huggingface(
-        LiveWeights(parameters),
-        destination,
-        architecture=architecture,
-        family=export.format,
-        dtype=DTYPES[export.data_type],
-        tokenizer_folder=tokenizer_folder,
-        reference_folder=Path(config.pretrained.path) if config.pretrained else None,
-        sequence_length=config.batch.sequence_length,
-        replace=True,
-    )
+    weights = LiveWeights(parallel, world)
+    with world.together():
+        if not world.is_main:
+            weights.serve()
+            return
+        try:
+            export_huggingface(
+                weights,
+                destination,
+                architecture=parallel.architecture,
+                family=export.format,
+                dtype=DTYPES[export.data_type],
+                tokenizer_folder=tokenizer_folder,
+                reference_folder=Path(config.pretrained.path) if config.pretrained else None,
+                sequence_length=config.batch.sequence_length,
+                replace=True,
+            )
+        finally:
+            weights.done()
 
 
 @dataclass(frozen=True)

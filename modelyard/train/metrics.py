@@ -80,6 +80,20 @@ def utilization(
     }
 
 
+class NoMetrics:
+    """In place of a `MetricsLog` in the processes that keep none."""
+
+    def __init__(self) -> None:
+        self.evaluated: set[str] = set()
+        """As the main process has it."""
+
+    def write(self, record: dict[str, Any], *, prefix: str) -> None:
+        """Nothing: the main process has the same record."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 class MetricsLog:
     """`metrics.jsonl` of one experiment, and whoever else wants its records.
 
@@ -192,7 +206,10 @@ class IntervalMeter:
 def training_record(
     run: Run, result: StepResult, rate: float, meter: IntervalMeter, peak: float | None
 ) -> dict[str, Any]:
-    """The metrics of this iteration; `loss` is its own over its whole batch, `loss_mean` that of the log interval."""
+    """The metrics of this iteration; `loss` is its own over its whole batch, `loss_mean` that of the log interval.
+
+    Of several processes all must call this: `memory_bytes` is that of the one which has the most, `seconds` are this one's.
+    """
     speed, length, progress = meter.tokens / meter.seconds, run.config.batch.sequence_length, run.progress
     return {
         "iteration": progress.iteration,
@@ -205,9 +222,9 @@ def training_record(
         "loss_mean": progress.loss_sum / progress.loss_count if progress.loss_count else None,
         "skipped_steps": progress.skipped_steps,
         "data_wait_share": meter.data_wait / meter.seconds,
-        "memory_bytes": peak_memory(run.device),
+        "memory_bytes": run.world.largest(peak_memory(run.device)),
         "model_flops_per_second": model_flops_per_second(run.architecture, length, speed),
-        **utilization(run.architecture, length, speed, peak),
+        **utilization(run.architecture, length, speed / run.world.size, peak),
         "seconds": run.clock.read(),
     }
 

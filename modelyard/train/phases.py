@@ -33,9 +33,13 @@ class PhaseClock:
         self._region: Any = None
         self.traced = False
         """Whether phases appear by name in the trace of a running profiler."""
+        self.phase, self.changes = "other", 0
+        """What goes on, as the host sees it, and how often that has changed."""
         self("other")
 
     def __call__(self, phase: str) -> None:
+        self.phase = phase
+        self.changes += 1
         if self._region is not None:
             self._region.__exit__(None, None, None)
             self._region = None

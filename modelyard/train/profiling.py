@@ -30,13 +30,17 @@ class Profiler:
     The numbers of the step do not change. A trace that cannot be written costs a line, not the run.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device, say: Callable[[str], None]):
+    def __init__(
+        self, config: TrainConfig, device: torch.device, say: Callable[[str], None], *, follows: bool = True
+    ):
+        """`follows` False: never, because another process does."""
+        self._follows = follows
         self._settings, self._schedule = config.training.profiling, config.profiling
         self._folder = config.run.experiment_dir / "profile"
         self._device, self._say = device, say
 
     def due(self, iteration: int) -> bool:
-        return iteration in self._settings.iterations or self._schedule.due(iteration)
+        return self._follows and (iteration in self._settings.iterations or self._schedule.due(iteration))
 
     @contextmanager
     def around(self, iteration: int, clock: PhaseClock) -> Iterator[None]:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Collection
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
+from pathlib import Path
 
+from modelyard.config.architecture import Architecture
 from modelyard.config.disk import disk_problem
 from modelyard.config.loader import Loaded
 from modelyard.errors import RunFailed, UserError
 from modelyard.files import only_one
+from modelyard.launch.process import keep_output
+from modelyard.parallel.world import World, connected
 from modelyard.train.announce import announce, farewell, say_end, say_start
 from modelyard.train.checkpoint import newest_usable
 from modelyard.train.console import Console
 from modelyard.train.experiment import refuse_foreign_folder, write_description
+from modelyard.train.failure import Watch, lost_contact, on_its_own
 from modelyard.train.metrics import (
     IntervalMeter,
     MetricsLog,
+    NoMetrics,
     peak_flops,
     training_line,
     training_record,
@@ -27,7 +33,34 @@ from modelyard.train.wandb_run import WandbRun, require_wandb
 
 
 def train(loaded: Loaded, *, force: bool = False) -> int:
-    """Train as the config says, from where the experiment stands. Returns the exit status."""
+    """Train as the config says, from where the experiment stands. Returns the exit status.
+
+    Under torchrun every process of the job calls this.
+    """
+    distributed, folder = loaded.train.model.distributed, loaded.train.run.experiment_dir
+    traces = folder / "logs"
+    with connected(backend=distributed.backend, timeout=distributed.timeout, traces=traces) as world:
+        console, where = Console(speaks=world.is_main), [lambda: "the start"]
+        with closing(console), on_its_own(world, console, lambda: where[-1]()):
+            with world.together():
+                architecture = _check(loaded, force=force) if world.is_main else None
+            architecture = world.tell(architecture)
+            assert architecture is not None
+            with _own_folder(folder, world) as start:
+                with start():
+                    run = Run(loaded.train, architecture, force=force, console=console, world=world)
+                where.append(run.where)
+                with world.together():
+                    _open_log(console, folder, world)
+                    run.keep_tokenizer()
+                remarks = [f"note: {line}" for line in loaded.notices]
+                remarks += [f"warning: {line}" for line in loaded.warnings]
+                with _watch(run):
+                    return _train(run, remarks)
+
+
+def _check(loaded: Loaded, *, force: bool) -> Architecture:
+    """Raise UserError where the run cannot begin, before anything is made; returns the shape of the model."""
     config, architecture = loaded.train, loaded.architecture
     if architecture is None:
         # The pretrained folder is gone. It is read once: a run that has a checkpoint does not need it.
@@ -38,24 +71,39 @@ def train(loaded: Loaded, *, force: bool = False) -> int:
     if problem := disk_problem(config, architecture):
         raise UserError(problem)
     require_wandb(config)
-    folder = config.run.experiment_dir
     if not force:
-        refuse_foreign_folder(folder)
+        refuse_foreign_folder(config.run.experiment_dir)
+    return architecture
+
+
+@contextmanager
+def _own_folder(folder: Path, world: World) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Make the experiment's folder, if need be, and hold its lock; the others wait for the main process to have it.
+
+    Gives what is to be entered around the start: where that is refused, nothing stays behind that was made for it.
+    """
+    with ExitStack() as stack:
+        start: Callable[[], AbstractContextManager[None]] = nullcontext
+        with world.together():
+            if world.is_main:
+                start = stack.enter_context(_locked(folder))
+        yield start
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[Callable[[], AbstractContextManager[None]]]:
     made = [place for place in (folder / ".lock", folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".lock").touch()
     except OSError as error:
         raise UserError(f"run.experiment_dir: {folder} cannot be written to: {error.strerror}") from None
-    with only_one(folder / ".lock", f"another process is training in {folder} at this moment"):
-        for pattern in ("checkpoint/*.tmp", "export/*/*.tmp", "profile/*.tmp"):
-            for unfinished in folder.glob(pattern):
-                shutil.rmtree(unfinished, ignore_errors=True)  # left over by a run that was killed
-        console = Console()
+
+    @contextmanager
+    def start() -> Iterator[None]:
         try:
-            run = Run(config, architecture, force=force, console=console)
+            yield
         except BaseException:
-            # Nothing stays behind when a run is refused.
             if folder in made:
                 shutil.rmtree(folder, ignore_errors=True)
             elif made:
@@ -64,37 +112,62 @@ def train(loaded: Loaded, *, force: bool = False) -> int:
                 with suppress(OSError):  # another run may have begun in it
                     place.rmdir()
             raise
+
+    with only_one(folder / ".lock", f"another process is training in {folder} at this moment"):
+        for pattern in ("checkpoint/*.tmp", "export/*/*.tmp", "profile/*.tmp"):
+            for unfinished in folder.glob(pattern):
+                shutil.rmtree(unfinished, ignore_errors=True)  # left over by a run that was killed
+        yield start
+
+
+def _open_log(console: Console, folder: Path, world: World) -> None:
+    if world.is_main:
         console.open_log(folder / "log.txt")
-        run.keep_tokenizer()
-        remarks = [f"note: {line}" for line in loaded.notices] + [
-            f"warning: {line}" for line in loaded.warnings
-        ]
-        return _train(run, remarks)
+        return
+    path = folder / "logs" / f"rank-{world.rank}.txt"
+    console.open_log(path)
+    keep_output(path)  # and what libraries say
+
+
+def _watch(run: Run) -> Watch:
+    begin = run.progress.iteration
+    return Watch(
+        run.clock,
+        run.world,
+        timeout=run.config.model.distributed.timeout,
+        where=run.where,
+        settled=lambda: run.progress.iteration > begin,
+        log=run.console.path,
+    )
 
 
 def _train(run: Run, remarks: list[str]) -> int:
-    config, training, console, events = run.config, run.config.training, run.console, run.events
-    events.open(run.folder / "events.jsonl")
-    announce(run, remarks)
-    write_description(
-        run.folder,
-        config,
-        run.architecture,
-        device=run.device,
-        data_fingerprint=run.stream.fingerprint,
+    config, training, console, events, world = (
+        run.config,
+        run.config.training,
+        run.console,
+        run.events,
+        run.world,
     )
-    log = MetricsLog(
-        run.folder,
-        resumed_at=run.progress.iteration,
-        tensorboard=training.logs.tensorboard,
-        complain=console.line,
-    )
+    with world.together():
+        events.open(run.folder / "events.jsonl")
+        announce(run, remarks)
+        if world.is_main:
+            write_description(
+                run.folder,
+                config,
+                run.architecture,
+                device=run.device,
+                data_fingerprint=run.stream.fingerprint,
+            )
+        log = _open_metrics(run)
+    log.evaluated = world.tell(log.evaluated)
     with ExitStack() as stack:
-        for thing in (console, events, log):
+        for thing in (events, log):
             stack.enter_context(closing(thing))
         stack.enter_context(run.stop)
         wandb_run = None
-        if training.wandb.entity_name is not None:
+        if isinstance(log, MetricsLog) and training.wandb.entity_name is not None:
             wandb_run = WandbRun(config, run.folder / "config.json", console.line)
             log.listeners.append(wandb_run.record)
             events.listeners.append(wandb_run.event)
@@ -104,10 +177,12 @@ def _train(run: Run, remarks: list[str]) -> int:
             status = _loop(run, log)
             return status
         except BaseException as error:
-            if isinstance(error, UserError) and run.progress.iteration:
+            if world.is_alone and isinstance(error, UserError) and run.progress.iteration:
                 with suppress(RunFailed):  # data that cannot be read: what was trained until here is kept
                     run.save()
+            lost = lost_contact(error)
             text = str(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"
+            text = text if lost is None else f"lost contact: {lost}"
             events.add("failed", run.progress.iteration, text, say=False)
             raise
         finally:
@@ -115,7 +190,18 @@ def _train(run: Run, remarks: list[str]) -> int:
                 wandb_run.finish(status)
 
 
-def _loop(run: Run, log: MetricsLog) -> int:
+def _open_metrics(run: Run) -> MetricsLog | NoMetrics:
+    if not run.world.is_main:
+        return NoMetrics()
+    return MetricsLog(
+        run.folder,
+        resumed_at=run.progress.iteration,
+        tensorboard=run.config.training.logs.tensorboard,
+        complain=run.console.line,
+    )
+
+
+def _loop(run: Run, log: MetricsLog | NoMetrics) -> int:
     """Train, with all that happens between the steps, to the end or to where something ends it."""
     config, training, progress, console = run.config, run.config.training, run.progress, run.console
     begin_iteration = progress.iteration
@@ -165,7 +251,7 @@ def _loop(run: Run, log: MetricsLog) -> int:
     tested = progress.iteration == begin_iteration and "test" in log.evaluated
     if training.test_iters and not tested:
         run.clock("evaluation")
-        test = run.evaluators.test(run.model, progress.iteration)
+        test = run.evaluators.test(run.parallel, progress.iteration)
         run.clock("other")
         if test is not None:
             log.write(test, prefix="test")
@@ -177,7 +263,9 @@ def _loop(run: Run, log: MetricsLog) -> int:
     return 0
 
 
-def _side_work(run: Run, log: MetricsLog, *, resumed: bool = False, done: Collection[str] = ()) -> None:
+def _side_work(
+    run: Run, log: MetricsLog | NoMetrics, *, resumed: bool = False, done: Collection[str] = ()
+) -> None:
     """What is due beside training after this iteration: checkpoint, evaluators (those `done` left out), export.
 
     The checkpoint comes first, so that nothing that goes wrong in the others costs it.
@@ -189,7 +277,7 @@ def _side_work(run: Run, log: MetricsLog, *, resumed: bool = False, done: Collec
     for name, entry in training.evaluators.items():
         if (entry.due(iteration) or (run.finished and entry.interval)) and name not in done:
             clock("evaluation")
-            evaluation = run.evaluators.run(name, entry, run.model, iteration)
+            evaluation = run.evaluators.run(name, entry, run.parallel, iteration)
             if evaluation is not None:
                 log.write(evaluation, prefix=name)
     export_due = training.export.due(iteration) or (run.finished and training.export.interval)

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 import modelyard
 from modelyard.config.architecture import Architecture
-from modelyard.config.disk import export_bytes, size
+from modelyard.config.disk import checkpoint_bytes, export_bytes, size
+from modelyard.config.layout import layout_of
 from modelyard.config.scales import rate_scales
 from modelyard.config.train import TrainConfig
-from modelyard.config.training import OnError
+from modelyard.config.training import CheckpointConfig, ExportConfig, OnError
 from modelyard.data.stream import ids_outside_vocabulary, prefetched
 from modelyard.errors import RunFailed, UserError
 from modelyard.files import (
@@ -31,14 +33,16 @@ from modelyard.files import (
     set_aside,
     sync,
 )
-from modelyard.model.compile import compile_blocks
+from modelyard.model.decoder import Decoder
 from modelyard.model.formats.tokenizer_files import copy_tokenizer
+from modelyard.parallel.apply import Fill, Write, parallelize
+from modelyard.parallel.mesh import Mesh, alone
+from modelyard.parallel.world import World
 from modelyard.train.allocator import keep_freed_memory
 from modelyard.train.build import (
-    build_model,
     compiles,
     compute_device,
-    initial_weights,
+    first_weights,
     loss_options,
     open_stream,
     tokenizer_folder,
@@ -49,14 +53,14 @@ from modelyard.train.data_check import damaged_data, foreign_tokenizers, stores_
 from modelyard.train.evaluators import Evaluators
 from modelyard.train.events import EventLog
 from modelyard.train.experiment import another_run
-from modelyard.train.optimizer import Optimizer
+from modelyard.train.optimizer import MOMENTS, Optimizer
 from modelyard.train.phases import PhaseClock
 from modelyard.train.profiling import Profiler
 from modelyard.train.resume import refuse_changes
 from modelyard.train.schedule import learning_rate
 from modelyard.train.signals import StopSignal
 from modelyard.train.step import StepResult, train_step
-from modelyard.train.weights import DTYPES, Weights
+from modelyard.train.weights import DTYPES
 
 
 @dataclass
@@ -74,36 +78,103 @@ class Progress:
 
 
 class Run:
-    """Model, optimizer, data and place of one experiment, and the things that happen between steps."""
+    """Model, optimizer, data and place of one experiment, and the things that happen between steps.
 
-    def __init__(self, config: TrainConfig, architecture: Architecture, *, force: bool, console: Console):
+    Of several processes each has one, with its part of the model, and all do the same; the main one writes.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        architecture: Architecture,
+        *,
+        force: bool,
+        console: Console,
+        world: World | None = None,
+    ):
         self.config, self.architecture, self.console = config, architecture, console
+        self.world = world or World()
         self.folder = config.run.experiment_dir
         self.device = compute_device()
         self.dtype = DTYPES[config.model.distributed.training_dtype]
         self.loss_options = loss_options(config.model.base_model)
         self.progress = Progress()
-        self.stop = StopSignal()
-        self.events = EventLog(console)
+        self.stop = StopSignal(self.world)
+        self.events = EventLog(console, kept=self.world.is_main)
         self.clock = PhaseClock(self.device)
-        self.profiler = Profiler(config, self.device, console.line)
+        self.profiler = Profiler(config, self.device, console.line, follows=self.world.is_main)
+        self.forced: list[str] = []
+        """What was gone on from all the same, because of --force."""
+        found = None
+        with self.world.together():
+            layout = layout_of(config, self.world.size)
+            self._open_data()
+            if self.world.is_main:
+                found = self._starting_point(force=force)
+        # The main process alone judges what is on the disk; the others take what it takes.
+        found, self.forced = self.world.tell((found, self.forced))
+        checkpoint: Checkpoint | None = None
+        fill: Fill = _nothing_yet
+        with self.world.together():
+            compiled = compiles(config, self.device)
+            if found is None:
+                fill, origin = first_weights(architecture, config)
+                console.line(origin)
+            else:
+                checkpoint = Checkpoint(found, verify=False)
 
-        self.stream = open_stream(config, "training", architecture)
+        keep_freed_memory()
+        default = config.optimizer.default_learning_rate_scale
+        scales = rate_scales(config.model.base_model, architecture, 1.0 if default is None else default)
+        self.mesh = alone(self.device) if self.world.is_alone else Mesh(layout, self.device)
+        self.parallel = parallelize(
+            architecture,
+            self.mesh,
+            compute_dtype=self.dtype,
+            recompute=config.model.multi_stage.recompute,
+            compile=compiled,
+            sequence_length=config.batch.sequence_length,
+            micro_batches=config.batch.micro_batches(layout.data),
+            loss_options=self.loss_options,
+            fill=fill,
+            frozen=frozenset(name for name, scale in scales.items() if scale == 0),
+        )
+        self.model, self.weights = self.parallel.model, self.parallel.weights
+        optimizer = config.optimizer
+        self.optimizer = Optimizer(
+            self.weights.master,
+            weight_decay=optimizer.weight_decay,
+            betas=(optimizer.beta_1, optimizer.beta_2),
+            epsilon=optimizer.epsilon,
+            scales=scales,
+        )
+        self._saved: int | None = None
+        if checkpoint is not None:
+            with self.world.together():
+                self._restore(checkpoint)
+        self.weights.publish()
+
+    def _open_data(self) -> None:
+        config, console = self.config, self.console
+        self.stream = open_stream(config, "training", self.architecture)
         self.tokenizer_folder = tokenizer_folder(config, self.stream)
-
         self.evaluators = Evaluators(
             config,
-            architecture,
-            device=self.device,
+            self.architecture,
             tokenizer_folder=self.tokenizer_folder,
             say=console.line,
-            stop=lambda: bool(self.stop),
+            stop=self.stop.agree,
+            world=self.world,
         )
 
-        read = stores_read([self.stream, *self.evaluators.streams])
-        if problems := damaged_data(read) + ids_outside_vocabulary([self.stream, *self.evaluators.streams]):
+    def _starting_point(self, *, force: bool) -> Path | None:
+        """The folder of the checkpoint to go on from; None: from the beginning. Raises UserError where neither may be."""
+        config, architecture = self.config, self.architecture
+        streams = [self.stream, *self.evaluators.streams]
+        read = stores_read(streams)
+        if problems := damaged_data(read) + ids_outside_vocabulary(streams):
             raise UserError(*problems)
-        for stream in (self.stream, *self.evaluators.streams):
+        for stream in streams:
             stream.describe()  # says what the first block shows: that no document fits in a row
         foreign = foreign_tokenizers(config, read)
         if foreign and not force:
@@ -115,8 +186,6 @@ class Run:
                 *damaged.values(),
                 f"every checkpoint in {self.folder / 'checkpoint'} is damaged; --force sets them aside and starts anew",
             )
-        self.forced: list[str] = []
-        """What was gone on from all the same, because of --force."""
         if checkpoint is not None:
             self.forced = refuse_changes(
                 checkpoint, config, architecture, self.stream.fingerprint, force=force
@@ -130,50 +199,47 @@ class Run:
             self.events.add("checkpoint_damaged", int(path.name), warning)
         self.forced += foreign
         for line in self.forced:
-            console.line(f"forced: {line}")
-
-        keep_freed_memory()
-        self.model = build_model(architecture, self.device)
-        if compiles(config, self.device):
-            compile_blocks(self.model)
-        if checkpoint is None:
-            console.line(initial_weights(self.model, architecture, config))
-        self.weights = Weights(self.model, self.dtype)
-        optimizer, default = config.optimizer, config.optimizer.default_learning_rate_scale
-        scales = rate_scales(config.model.base_model, architecture, 1.0 if default is None else default)
-        self.weights.freeze(name for name, scale in scales.items() if scale == 0)
-        self.optimizer = Optimizer(
-            self.weights.master,
-            weight_decay=optimizer.weight_decay,
-            betas=(optimizer.beta_1, optimizer.beta_2),
-            epsilon=optimizer.epsilon,
-            scales=scales,
-        )
-        if checkpoint is not None:
-            self._restore(checkpoint)
-        self.weights.publish()
+            self.console.line(f"forced: {line}")
+        return None if checkpoint is None else checkpoint.folder
 
     @property
     def finished(self) -> bool:
         return self.progress.iteration >= self.config.training.train_iters
 
+    def where(self) -> str:
+        """What the run is doing, in words."""
+        return f"{self.clock.phase} of iteration {self.progress.iteration + 1}"
+
     # Checkpoints and exports
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         moments = self.optimizer.moments()
+        parameters, parts = self._parts(moments, list(self.weights.master))
         checkpoint.load_into(
-            {f"model.{name}": p.data for name, p in self.weights.master.items()}
-            | {f"optimizer.{name}": moment for name, moment in moments.items()}
+            {f"model.{name}": p for name, p in parameters.items()}
+            | {f"optimizer.{name}": moment for name, moment in parts.items()}
         )
         state = checkpoint.state
         self.optimizer.load_moments(moments, state["optimizer_steps"])
         self.progress = Progress(**state["progress"])
         self.stream.load_state_dict(state["data"])
+        self._saved = self.progress.iteration
+
+    def _parts(
+        self, moments: dict[str, Tensor], names: list[str]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Parameters and moments of these names as a checkpoint takes them: this process's parts of whole tensors."""
+        parts = self.parallel.parts
+        stored: dict[str, Tensor] = {}
+        for moment in MOMENTS:
+            found = parts({name: moments[f"{name}.{moment}"] for name in names})
+            stored |= {f"{name}.{moment}": tensor for name, tensor in found.items()}
+        return parts({name: self.weights.master[name].detach() for name in names}), stored
 
     @property
     def saved(self) -> bool:
         """Whether this iteration has its checkpoint."""
-        return (self.folder / "checkpoint" / str(self.progress.iteration)).exists()
+        return self._saved == self.progress.iteration
 
     def save(self) -> None:
         """Save a checkpoint of this iteration, unless it is there, then remove the ones it makes superfluous.
@@ -183,19 +249,20 @@ class Run:
         directory = self.folder / "checkpoint"
         settings = self.config.training.checkpoint
         destination = directory / str(self.progress.iteration)
-        if not destination.exists():
-            moments = self.optimizer.moments()
-            tensors = [*self.weights.master.values(), *moments.values()]
-            needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if not self.saved:
+            needed = checkpoint_bytes(self.config, self.architecture)
             begin = time.perf_counter()
             try:
-                _refuse_without_room(directory, needed)
-                # What was logged before this checkpoint is not logged again after it: it must be as durable.
-                if (metrics := self.folder / "metrics.jsonl").exists():
-                    sync(metrics)
+                with self.world.together():
+                    if self.world.is_main:
+                        _refuse_without_room(directory, needed)
+                        # What was logged before this checkpoint is not logged again after it: it must be as durable.
+                        if (metrics := self.folder / "metrics.jsonl").exists():
+                            sync(metrics)
+                parameters, moments = self._parts(self.optimizer.moments(), self.parallel.own)
                 save_checkpoint(
                     destination,
-                    parameters=self.weights.master,
+                    parameters=parameters,
                     moments=moments,
                     state={
                         "modelyard_version": modelyard.__version__,
@@ -209,16 +276,24 @@ class Run:
                         "data": self.stream.state_dict(),
                     },
                     config=self.config.model_dump(mode="json"),
+                    world=self.world,
                 )
             except (UserError, OSError) as error:
                 before = numbered_folders(directory)
                 stays = f"checkpoint {before[-1]} stays" if before else "there is no earlier checkpoint"
                 self._failed_write("saved", error, directory, needed, settings.on_error, stays)
                 return
+            self._saved = self.progress.iteration
             self._written("saved", destination, begin)
-        prune(directory, keep=settings.keep, keep_every=settings.keep_every, ordinal=settings.ordinal)
+        self._prune(directory, settings)
+
+    def _prune(self, directory: Path, settings: CheckpointConfig | ExportConfig) -> None:
+        if self.world.is_main:
+            prune(directory, keep=settings.keep, keep_every=settings.keep_every, ordinal=settings.ordinal)
 
     def _written(self, event: Literal["saved", "exported"], destination: Path, begin: float) -> None:
+        if not self.world.is_main:
+            return
         seconds = time.perf_counter() - begin
         size = sum(path.stat().st_size for path in destination.iterdir())
         text = f"{event} {destination} in {seconds:.1f} s"
@@ -255,29 +330,31 @@ class Run:
         assert destination is not None
         directory = destination.parent
         # Where it is replaced, it is from before this run went back to an earlier checkpoint, perhaps with other settings.
-        if replace or not destination.exists():
+        if replace or not self.world.tell(destination.exists()):
             needed = export_bytes(self.config, self.architecture)
             begin = time.perf_counter()
             try:
-                _refuse_without_room(directory, needed)
+                with self.world.together():
+                    if self.world.is_main:
+                        _refuse_without_room(directory, needed)
                 export_weights(
-                    self.weights.master,
+                    self.parallel,
                     destination,
-                    architecture=self.architecture,
                     config=self.config,
                     tokenizer_folder=self.tokenizer_folder,
+                    world=self.world,
                 )
             except (UserError, OSError) as error:
                 stays = "checkpoints and earlier exports stay"
                 self._failed_write("exported", error, directory, needed, settings.on_error, stays)
                 return
             self._written("exported", destination, begin)
-        prune(directory, keep=settings.keep, keep_every=settings.keep_every, ordinal=settings.ordinal)
+        self._prune(directory, settings)
 
     def keep_tokenizer(self) -> None:
         """Copy the data's tokenizer into the experiment, so that its checkpoints can be used without the data."""
         destination = self.folder / "tokenizer"
-        if self.tokenizer_folder is not None and not destination.exists():
+        if self.world.is_main and self.tokenizer_folder is not None and not destination.exists():
             with complete_or_absent(destination) as temporary:
                 copy_tokenizer(self.tokenizer_folder, temporary)
 
@@ -285,9 +362,10 @@ class Run:
 
     def steps(self) -> Iterator[tuple[StepResult, float, float]]:
         """Train to the last iteration; yields (result, learning rate, seconds waited for data) after each step."""
-        training, batch_config = self.config.training, self.config.batch
-        clock = self.clock
-        with closing(prefetched(self.stream, self.progress.iteration, training.train_iters)) as batches:
+        training, batch_config, mesh = self.config.training, self.config.batch, self.mesh
+        clock, data = self.clock, mesh.layout.data
+        ready = prefetched(self.stream, self.progress.iteration, training.train_iters, (mesh.share, data))
+        with closing(ready) as batches:
             clock("data")
             for batch, data_wait in batches:
                 clock("other")
@@ -297,17 +375,21 @@ class Run:
                         self.model,
                         self.weights,
                         self.optimizer,
-                        batch,
+                        self.parallel.local(batch),
                         learning_rate=rate,
-                        micro_batch_size=batch_config.micro_batch_size,
+                        micro_batch_size=batch_config.micro_rows(data),
                         max_norm=self.config.optimizer.gradient_norm_clipping,
                         loss_options=self.loss_options,
                         device=self.device,
+                        mesh=mesh,
                         phase=clock,
+                        stop=lambda: self.stop.heard is not None,
                     )
                     clock("other")
                 self.progress.iteration += 1
-                self.progress.tokens += batch.input_ids.numel()
+                self.progress.tokens += batch_config.tokens
+                if result.stop:
+                    self.stop.agree()
                 if result.skipped:
                     self._count_skip(result.skipped)
                 else:
@@ -334,6 +416,10 @@ class Run:
                 f"{limit} steps in a row were skipped (last: {reason}); lower optimizer.learning_rate.base, look at "
                 f"the data around iteration {self.progress.iteration}, or raise training.max_skipped_steps; {kept}"
             )
+
+
+def _nothing_yet(model: Decoder, write: Write) -> None:
+    """In place of first values, where a checkpoint is loaded later."""
 
 
 def _refuse_without_room(directory: Path, needed: int) -> None:

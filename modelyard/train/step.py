@@ -61,13 +61,26 @@ def loss_sum(
     `weight_gradient_to` as in `linear_cross_entropy`.
     """
     hidden = model(batch.input_ids, batch.positions, batch.cu_seqlens)
+    return head_loss(model, hidden, batch.labels, options, weight_gradient_to=weight_gradient_to)
+
+
+def head_loss(
+    model: Decoder,
+    hidden: Tensor,
+    labels: Tensor,
+    options: LossOptions,
+    *,
+    weight_gradient_to: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """`loss_sum` from what the decoder, or the part of it that has the head, makes: hidden [rows, sequence, hidden]."""
     return linear_cross_entropy(
         hidden.flatten(0, 1),
         model.output_weight,
-        batch.labels.flatten(),
+        labels.flatten(),
         implementation=options.implementation,
         z_loss=options.z_loss,
         logits_scale=model.architecture.logits_scale,
+        vocabulary=model.vocabulary,
         weight_gradient_to=weight_gradient_to,
     )
 
@@ -103,6 +116,14 @@ class Pipeline(Protocol):
         phase: Callable[[str], object],
     ) -> Tensor:
         """As `accumulate`; a process without the last stage returns 0."""
+        ...
+
+    def loss_sums(self, parts: Sequence[Batch], options: LossOptions) -> Tensor:
+        """The summed loss of micro-batches without gradients; 0 on a process without the last stage."""
+        ...
+
+    def last_logits(self, token_ids: Sequence[int]) -> Tensor:
+        """Logits [vocabulary] after a text, on every process."""
         ...
 
 
@@ -153,7 +174,8 @@ def train_step(
         skipped = f"the gradient norm is {grad_norm}"
     else:
         clip = min(1.0, max_norm / (grad_norm + 1e-6)) if max_norm > 0 else 1.0
-        torch._foreach_mul_(gradients, clip / targets)
+        if gradients:  # a process may have nothing but frozen layers
+            torch._foreach_mul_(gradients, clip / targets)
         optimizer.step(learning_rate)
         weights.publish()
     weights.zero_gradients()

@@ -8,6 +8,7 @@ import pytest
 
 from modelyard.config.architecture import Architecture, Rotary
 from modelyard.config.data import FileDataset, SliceDataset
+from modelyard.config.layout import Layout, layout_of
 from modelyard.config.loader import Loaded, load_config
 from modelyard.config.presets import PRESETS
 from modelyard.config.training import LossEvaluatorConfig
@@ -70,7 +71,9 @@ def test_llama_from_scratch(load) -> None:  # type: ignore[no-untyped-def]
     assert config.data.datasets["training"] == FileDataset(
         type="file", path=Path("path/to/training_dataset_config.yaml")
     )
-    assert [row.key for row in loaded.without_effect] == ["model.multi_stage.zero_stage"]
+    assert loaded.without_effect == []
+    assert layout_of(config, 32) == Layout(shard=32, zero_stage=2)
+    assert config.batch.micro_batches(32) == 4
     assert [
         warning.rpartition("/configs/")[2].split(" does not exist")[0] for warning in loaded.warnings
     ] == [
@@ -142,11 +145,9 @@ def test_fine_tuning(load) -> None:  # type: ignore[no-untyped-def]
     assert not batch.cross_document_attention
     assert loaded.train.data.sampling.shuffle == "epoch"
     assert loaded.train.optimizer.learning_rate.base == 2e-5
-    assert {row.key for row in loaded.without_effect} == {
-        "model.base_model.transformer.use_flash_attention",
-        "model.multi_stage.zero_stage",
-        "model.distributed.timeout",
-    }
+    assert {row.key for row in loaded.without_effect} == {"model.base_model.transformer.use_flash_attention"}
+    assert loaded.train.model.distributed.timeout == 3600
+    assert layout_of(loaded.train, 8) == Layout(shard=8, zero_stage=3)
 
 
 def test_preparation_is_recognised(load) -> None:  # type: ignore[no-untyped-def]

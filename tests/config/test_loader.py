@@ -39,7 +39,7 @@ def test_defaults(tmp_path: Path) -> None:
     assert config.training.export.keep is None
     assert config.training.export.data_type == "bfloat16"
     assert config.training.max_skipped_steps == 10
-    assert config.batch.micro_batch_size == 4
+    assert (config.batch.micro_batch_size, config.batch.micro_rows()) == (None, 4)
     assert config.batch.tokens == 256
     assert config.batch.cross_document_attention
     assert config.optimizer.weight_decay == 0.01
@@ -428,7 +428,7 @@ def test_unknown_keys_at_every_depth(tmp_path: Path) -> None:
 )
 def test_wrong_values(tmp_path: Path, override: str, problem: str | None) -> None:
     if problem is None:
-        assert load_tiny(tmp_path, override).train.batch.micro_batch_size == 1
+        assert load_tiny(tmp_path, override).train.batch.micro_rows() == 1
     else:
         assert f"override 1: {problem}" in tiny_problems(tmp_path, override)
 
@@ -458,7 +458,7 @@ def test_problems_of_every_kind_at_once(tmp_path: Path) -> None:
         f"{TRANSFORMER}.add_linear_biases=yes",
     )
     assert [problem.split(":")[0] for problem in problems] == [
-        f"override {number}" for number in (3, 2, 5, 1, 4)
+        f"override {number}" for number in (3, 2, 1, 5, 4)
     ]
 
 

@@ -49,7 +49,7 @@ def test_an_older_batch_beside_a_newer_model() -> None:
         "batch_size: 8", "batch_size: 8, sequence_length: 64"
     )
     batch = load_texts(text).train.batch
-    assert (batch.sequence_length, batch.micro_batch_size) == (64, 8)
+    assert (batch.sequence_length, batch.micro_rows()) == (64, 8)
     assert batch.cross_document_attention
     assert batch.use_loss_masking_spans is False
     note = (

@@ -24,15 +24,19 @@ def test_intervals_and_offsets() -> None:
 
 
 def test_micro_batches() -> None:
-    assert BatchConfig(batch_size=8).micro_batches == 1
-    assert BatchConfig(batch_size=8, micro_batch_size=2).micro_batches == 4
-    assert BatchConfig(batch_size=8, sequential_micro_batches=4).micro_batch_size == 2
-    assert BatchConfig(batch_size=8, micro_batch_size=2, sequential_micro_batches=4).micro_batches == 4
+    def sizes(data: int = 1, **settings: int) -> tuple[int, int]:
+        batch = BatchConfig(batch_size=8, **settings)
+        return batch.micro_batches(data), batch.micro_rows(data)
+
+    assert [sizes(), sizes(2), sizes(8)] == [(1, 8), (1, 4), (1, 1)]
+    assert [sizes(micro_batch_size=2), sizes(2, micro_batch_size=2)] == [(4, 2), (2, 2)]
+    assert [sizes(sequential_micro_batches=4), sizes(2, sequential_micro_batches=4)] == [(4, 2), (4, 1)]
+    assert sizes(2, micro_batch_size=2, sequential_micro_batches=2) == (2, 2)
     with pytest.raises(
         ValidationError,
-        match="sequential_micro_batches 2 does not fit: batch_size 8 / micro_batch_size 2 makes 4",
+        match="sequential_micro_batches 8 does not fit: batch_size 8 / micro_batch_size 2 makes 4",
     ):
-        BatchConfig(batch_size=8, micro_batch_size=2, sequential_micro_batches=2)
+        BatchConfig(batch_size=8, micro_batch_size=2, sequential_micro_batches=8)
     with pytest.raises(ValidationError, match="nearest that are: 6 and 9"):
         BatchConfig(batch_size=8, micro_batch_size=3)
     with pytest.raises(

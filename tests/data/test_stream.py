@@ -240,6 +240,28 @@ def test_one_pass_does_not_depend_on_the_batch_size(store):
     assert counts == {TokenStore(store).num_tokens - 1}
 
 
+def test_shares_of_processes_are_the_batch(store):
+    """Each process's rows, one behind the other; in one pass the last shares are filled up without any target."""
+    stream = open_stream({"type": "memmap", "path": str(store)}, batch_size=12)
+    for processes in (1, 2, 3):
+        shares = [stream.batch(2, (part, processes)) for part in range(processes)]
+        rows = torch.cat([share.input_ids for share in shares])
+        assert torch.equal(rows, stream.batch(2).input_ids)
+        with closing(prefetched(stream, 2, 3, (processes - 1, processes))) as batches:
+            assert same(next(batches)[0], shares[-1])
+    whole = list(stream.one_pass())
+    for part in range(3):
+        own = list(stream.one_pass((part, 3)))
+        assert [len(batch) for batch in own] == [4] * len(whole)
+        for batch, mine in zip(whole, own, strict=True):
+            there = batch.input_ids[4 * part : 4 * part + 4]
+            assert torch.equal(mine.input_ids[: len(there)], there)
+            assert int((mine.labels[len(there) :] >= 0).sum()) == 0
+    targets = [sum(batch.num_targets for batch in stream.one_pass((part, 3))) for part in range(3)]
+    assert len(whole[-1]) < 12
+    assert sum(targets) == sum(batch.num_targets for batch in whole)
+
+
 def test_one_pass_over_a_blend_is_refused(store):
     part = {"type": "memmap", "path": str(store)}
     with pytest.raises(UserError, match=r"blended: say how much of it is read \(evaluator.iterations\)"):
@@ -298,7 +320,7 @@ class Slow:
     def __init__(self) -> None:
         self.made: list[int] = []
 
-    def batch(self, index: int) -> int:
+    def batch(self, index: int, share: tuple[int, int]) -> int:
         time.sleep(0.02)
         if index == 3:
             raise UserError("batch 3 cannot be read")

@@ -1,23 +1,43 @@
-"""What every layout must reproduce: a few optimizer steps of one process, on packed, masked, uneven rows."""
+"""What every layout must reproduce: a few optimizer steps of one process, on packed, masked, uneven rows.
+
+`hold(case)` runs a case on the processes of its layout and asserts, for every optimizer step: the loss, the norm of the
+gradient, the whole gradient of every parameter before clipping, and every parameter after the update. What it is held
+against (`reference`) is one process that shares only the decoder with the program: all rows at once, dense masked
+attention, the loss as its formula is written, autograd, torch's own AdamW and clipping.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any
+from unittest import mock
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from modelyard.config.architecture import Architecture, Rotary
 from modelyard.config.layout import Layout, Recompute
 from modelyard.data.batch import Batch
+from modelyard.dtypes import wide
+from modelyard.model.compile import compile_blocks
 from modelyard.model.decoder import Decoder
-from modelyard.model.init import InitStd
+from modelyard.model.init import InitStd, initialize
 from modelyard.parallel.apply import Parallel, parallelize
+from modelyard.parallel.data import ShardedWeights
 from modelyard.parallel.mesh import Mesh, alone
+from modelyard.parallel.torch_private import local_slice
 from modelyard.train.optimizer import Optimizer
 from modelyard.train.step import LossOptions, train_step
-from modelyard.train.weights import Weights
+from tests.parallel.processes import run_distributed
+
+SEED = 7
+LEARNING_RATE, WEIGHT_DECAY, BETAS, MAX_NORM = 1e-2, 0.1, (0.9, 0.95), 2.1
+"""Of the three steps on `packed` rows two are clipped (their norms are 2.12, 2.09 and 2.18), of `long` none, of `masked` all."""
 
 TINY = Architecture(
     vocab_size=64,
@@ -54,26 +74,76 @@ class Case:
     architecture: Architecture = TINY
     dtype: torch.dtype = torch.float64
     recompute: Recompute = "none"
+    compile: bool = False
+    """Whether blocks go through torch.compile, with the backend that traces and changes nothing (`aot_eager`)."""
     options: LossOptions = field(default_factory=LossOptions)
     data: str = "packed"
-    """`packed`: documents of many lengths, some masked; `masked`: all rows but the last without any trained token."""
+    """Documents of a row: `packed`: many, of 1 to 20 tokens, the further down the row the more of it masked; `long`: of
+    any length, most longer than a chunk; `whole`: every row one; `masked`: as packed, and all rows but the last without
+    any trained token."""
+
+    @property
+    def on_one_process(self) -> Case:
+        """What this case computes, whatever computes it."""
+        return dataclasses.replace(
+            self, layout=Layout(), micro_batch_size=self.rows, recompute="none", compile=False
+        )
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Largest relative differences: of a number, or of a tensor's elements against its largest element."""
+
+    loss: float
+    norm: float
+    gradient: float
+    parameter: float
+
+
+BOUNDS = {
+    torch.float64: Bounds(1e-10, 1e-10, 1e-10, 1e-10),
+    # Sums in another order, 2^-24 each; the epsilon of `EPSILON` keeps the optimizer from multiplying that.
+    torch.float32: Bounds(1e-5, 1e-5, 1e-5, 1e-4),
+    # Elements of 8 bits, against the largest of their tensor: measured over data, contexts and copies up to 8e-4, 1e-2,
+    # 1e-1 and 8e-2 (the first gradient 4e-2; then some weights round to the neighbour, which is 2^-8 away). What no
+    # such bound can see, sums made in bf16 on the way, `_summed_wide` does.
+    torch.bfloat16: Bounds(2e-3, 2e-2, 2e-1, 2e-1),
+}
+EPSILON = {torch.float64: 1e-8, torch.float32: 1e-2, torch.bfloat16: 1e-2}
+"""Adam divides a gradient by its own size: where that is rounding noise alone (1e-8 of the largest in fp32), an epsilon
+of 1e-8 makes a full step of either sign out of it, and the next gradients differ by 1e-4."""
+
+
+Place = tuple[slice, ...]
+"""Which part of a whole tensor a process has."""
 
 
 @dataclass
 class Trace:
-    """What a run of a case leaves: for every step its numbers and every gradient, and the weights at its end."""
+    """What a run of a case leaves: its first weights, and for every step its numbers, gradients and weights after it.
 
-    losses: list[float]
-    norms: list[float]
-    targets: list[int]
-    gradients: list[dict[str, Tensor]]
-    parameters: list[dict[str, Tensor]]
+    Tensors are this process's parts of the whole ones; no message is sent to compare them.
+    """
+
+    initial: dict[str, Tensor]
+    places: dict[str, Place]
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    """Of the mean loss, before clipping."""
+    summed_wide: bool = True
+    """Whether the sums over tokens that these were made from have more bits than bf16 has."""
+    parameters: list[dict[str, Tensor]] = field(default_factory=list)
+    final: dict[str, Tensor] = field(default_factory=dict)
+    """The last of `parameters`, each one whole."""
 
 
 def global_batch(case: Case, step: int) -> Batch:
-    """Rows of random tokens in documents of 1 to 20 tokens; labels shifted inside documents, some stretches masked."""
+    """Rows of random tokens in documents; labels shifted inside documents, some stretches masked."""
     generator = torch.Generator().manual_seed(1000 + step)
     rows, length = case.rows, case.sequence_length
+    longest = {"packed": 20, "masked": 20, "long": 2 * length, "whole": length}[case.data]
 
     def random(low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high, shape, generator=generator)
@@ -85,7 +155,7 @@ def global_batch(case: Case, step: int) -> Batch:
     for row in range(rows):
         begin, ends = 0, [0]
         while begin < length:
-            end = min(length, begin + int(random(1, 21, 1)))
+            end = length if case.data == "whole" else min(length, begin + int(random(1, longest + 1, 1)))
             positions[row, begin:end] = torch.arange(end - begin)
             labels[row, begin : end - 1] = ids[row, begin + 1 : end]
             ends.append(end)
@@ -102,122 +172,259 @@ def global_batch(case: Case, step: int) -> Batch:
     return Batch(ids, labels, positions, cu_seqlens)
 
 
-def _train(case: Case, run: Parallel, batches: list[Batch], micro_batch_size: int) -> Trace:
-    optimizer = Optimizer(run.weights.master, weight_decay=0.1, betas=(0.9, 0.95), epsilon=1e-8)
-    trace = Trace([], [], [], [], [])
-    publish = run.weights.publish
-    for batch in batches:
-        seen: dict[str, Tensor] = {}
-
-        def keep(seen: dict[str, Tensor] = seen) -> None:
-            # The gradient after division and clipping, as the optimizer had it.
-            seen.update(
-                {name: p.grad.clone() for name, p in run.weights.master.items() if p.grad is not None}
-            )
-            publish()
-
-        run.weights.publish = keep  # type: ignore[method-assign]
-        result = train_step(
-            run.model,
-            run.weights,
-            optimizer,
-            run.local(batch),
-            learning_rate=1e-2,
-            micro_batch_size=micro_batch_size,
-            max_norm=0.5,
-            loss_options=case.options,
-            device=run.mesh.device,
-            mesh=run.mesh,
-        )
-        assert result.skipped is None, result.skipped
-        trace.losses.append(result.loss)
-        trace.norms.append(result.grad_norm)
-        trace.targets.append(result.targets)
-        trace.gradients.append(run.whole(seen))
-        trace.parameters.append(
-            run.whole({name: p.detach().clone() for name, p in run.weights.master.items()})
-        )
-    return trace
+# --- the truth --------------------------------------------------------------------------------------------------
 
 
 def reference(case: Case) -> Trace:
-    """The case on one process, without FSDP, all rows at once."""
-    plain = dataclasses.replace(case, layout=Layout(), recompute="none")
-    run = build(plain, alone())
-    assert isinstance(run.weights, Weights)
-    return _train(plain, run, [global_batch(case, step) for step in range(case.steps)], case.rows)
+    """The case on one process; made once for all layouts of it."""
+    return _reference(case.on_one_process)
+
+
+@lru_cache(maxsize=64)
+def _reference(case: Case) -> Trace:
+    if case.dtype != torch.float64:
+        # Where roundings are part of the result, the truth for many processes is what one process of the program does.
+        return _train(case, build(case, alone()), [global_batch(case, step) for step in range(case.steps)])
+    with torch.device("meta"):
+        model = Decoder(case.architecture, backend="dense").to(case.dtype)
+    model.to_empty(device="cpu")
+    initialize(model, SEED, _std(case))
+    parameters = dict(model.named_parameters())
+    trace = Trace(_copies(parameters), {name: (slice(None),) * p.dim() for name, p in parameters.items()})
+    matrices = [p for p in parameters.values() if p.dim() >= 2]
+    vectors = [p for p in parameters.values() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}],
+        lr=LEARNING_RATE,
+        betas=BETAS,
+        eps=EPSILON[case.dtype],
+        foreach=False,
+        fused=False,
+    )
+    for step in range(case.steps):
+        batch = global_batch(case, step)
+        hidden = model(batch.input_ids, batch.positions, batch.cu_seqlens)
+        logits = model.logits(hidden).flatten(0, 1)
+        labels = batch.labels.flatten()
+        loss = F.cross_entropy(logits, labels, ignore_index=-100)
+        loss = loss + case.options.z_loss * logits[labels != -100].logsumexp(-1).square().mean()
+        loss.backward()
+        trace.losses.append(loss.item())
+        trace.targets.append(int((labels != -100).sum()))
+        trace.gradients.append(_gradients(parameters))
+        trace.norms.append(float(nn.utils.clip_grad_norm_(parameters.values(), MAX_NORM)))
+        optimizer.step()
+        optimizer.zero_grad()
+        trace.parameters.append(_copies(parameters))
+    return trace
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def _gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+
+
+# --- a layout ---------------------------------------------------------------------------------------------------
+
+
+def _std(case: Case) -> InitStd:
+    return InitStd.for_architecture(case.architecture)
+
+
+def build(case: Case, mesh: Mesh) -> Parallel:
+    """The case's model in the layout of `mesh`, as the program makes it."""
+    with mock.patch("modelyard.parallel.apply.compile_blocks", partial(compile_blocks, backend="aot_eager")):
+        return parallelize(
+            case.architecture,
+            mesh,
+            compute_dtype=case.dtype,
+            recompute=case.recompute,
+            compile=case.compile,
+            sequence_length=case.sequence_length,
+            micro_batches=case.rows // case.layout.data // case.micro_batch_size,
+            loss_options=case.options,
+            fill=lambda model, write: initialize(model, SEED, _std(case), write=write),
+        )
+
+
+def local_batch(case: Case, run: Parallel, step: int) -> Batch:
+    """What this process trains on."""
+    rows = case.rows // case.layout.data
+    first = run.mesh.share * rows
+    batch = global_batch(case, step)
+    tensors = (batch.input_ids, batch.labels, batch.positions, batch.cu_seqlens)
+    return run.local(Batch(*(t[first : first + rows] for t in tensors)))
 
 
 def distributed(case: Case) -> Trace:
     """The case in its layout; called by every process."""
     run = build(case, Mesh(case.layout, torch.device("cpu")))
-    rows = case.rows // case.layout.data
-    first = run.mesh.share * rows
-    batches = []
-    for step in range(case.steps):
-        batch = global_batch(case, step)
-        batches.append(
-            Batch(
-                *(
-                    t[first : first + rows]
-                    for t in (batch.input_ids, batch.labels, batch.positions, batch.cu_seqlens)
-                )
-            )
-        )
-    return _train(case, run, batches, case.micro_batch_size)
+    return _train(case, run, [local_batch(case, run, step) for step in range(case.steps)])
 
 
-def build(case: Case, mesh: Mesh) -> Parallel:
-    std = InitStd.for_architecture(case.architecture)
-    return parallelize(
-        case.architecture,
-        mesh,
-        compute_dtype=case.dtype,
-        recompute=case.recompute,
-        compile=False,
-        sequence_length=case.sequence_length,
-        micro_batches=case.rows // case.layout.data // case.micro_batch_size,
-        loss_options=case.options,
-        fill=lambda model, write: initialize_part(model, std, write),
+def make_optimizer(case: Case, run: Parallel) -> Optimizer:
+    return Optimizer(run.weights.master, weight_decay=WEIGHT_DECAY, betas=BETAS, epsilon=EPSILON[case.dtype])
+
+
+def _train(case: Case, run: Parallel, batches: list[Batch]) -> Trace:
+    weights = run.weights
+    optimizer = make_optimizer(case, run)
+    trace = Trace(
+        _copies(weights.master),
+        {
+            name: local_slice(weights.sharded[name])
+            if isinstance(weights, ShardedWeights)
+            else (slice(None),) * p.dim()
+            for name, p in weights.master.items()
+        },
     )
+    for batch in batches:
+        sums: dict[str, Tensor] = {}
+        take = weights.gradients
+
+        def keep(sums: dict[str, Tensor] = sums, take: Callable[[], list[Tensor]] = take) -> list[Tensor]:
+            gradients = take()
+            sums.update(_gradients(weights.master))
+            return gradients
+
+        with mock.patch.object(weights, "gradients", keep):
+            result = train_step(
+                run.model,
+                weights,
+                optimizer,
+                batch,
+                learning_rate=LEARNING_RATE,
+                micro_batch_size=case.micro_batch_size,
+                max_norm=MAX_NORM,
+                loss_options=case.options,
+                device=run.mesh.device,
+                mesh=run.mesh,
+            )
+        assert result.skipped is None, result.skipped
+        trace.losses.append(result.loss)
+        trace.norms.append(result.grad_norm)
+        trace.targets.append(result.targets)
+        trace.gradients.append({name: g / result.targets for name, g in sums.items()})
+        trace.summed_wide &= _summed_wide(sums)
+        trace.parameters.append(_copies(weights.master))
+    trace.final = run.whole(trace.parameters[-1])
+    return trace
 
 
-def initialize_part(model, std, write) -> None:  # type: ignore[no-untyped-def]
-    from modelyard.model.init import initialize
+def _summed_wide(gradients: Mapping[str, Tensor]) -> bool:
+    """Whether much of each matrix's gradient has more bits than bf16 has. Sums that are made in bf16, wherever on their
+    way, have none; of those in fp32 over several micro-batches or processes nine elements in ten have, of the embedding's
+    (whose rows few tokens add to) half."""
+    matrices = [g for g in gradients.values() if g.dim() == 2 and g.numel()]
+    return all(float((g != g.bfloat16()).float().mean()) > 0.25 for g in matrices)
 
-    initialize(model, 7, std, write=write)
+
+# --- held together ----------------------------------------------------------------------------------------------
 
 
-def compare(case: Case, gradient_bound: float = 1e-10) -> dict[str, float]:
-    """Run the case in every process and hold it against one process; the largest relative differences.
+@dataclass
+class Answer:
+    """What one process found."""
 
-    Raises AssertionError naming step, tensor and difference.
+    worst: dict[str, float]
+    """Kind (`loss`, `norm`, `gradient`, `parameter`) → largest relative difference."""
+    parameters: dict[str, str]
+    """Name → digest of its value after the last step; the names are those that this process has a part of."""
+    numbers: list[float]
+    """Losses and norms."""
+
+
+def compare(
+    case: Case, gradient_bound: float | None = None, *, wanted: Trace | None = None, twice: bool = False
+) -> Answer:
+    """Run the case in every process and hold it against one process; `twice`: and against itself, to the bit.
+
+    Raises AssertionError naming step, tensor and difference. Each process compares the parameters that it has a part of:
+    `hold` sees to it that together they have all.
     """
-    wanted, got = reference(case), distributed(case)
-    assert got.targets == wanted.targets, (got.targets, wanted.targets)
+    wanted = reference(case) if wanted is None else wanted
+    got = distributed(case)
+    bounds = BOUNDS[case.dtype]
+    if gradient_bound is not None:
+        bounds = Bounds(gradient_bound, gradient_bound, gradient_bound, gradient_bound)
     worst = {"loss": 0.0, "norm": 0.0, "gradient": 0.0, "parameter": 0.0}
 
-    def check(kind: str, where: str, difference: float, scale: float) -> None:
+    def check(kind: str, what: str, difference: float, scale: float) -> None:
         relative = difference / max(scale, 1e-30)
         worst[kind] = max(worst[kind], relative)
-        assert relative <= gradient_bound, f"{where}: differs by {relative:.3g} (allowed {gradient_bound:g})"
+        bound = getattr(bounds, kind)
+        # Not `>`: a difference that is not a number is no agreement.
+        assert relative <= bound, f"{what}: differs by {relative:.3g} (allowed {bound:g})"
 
+    def check_tensor(kind: str, where: str, name: str, mine: Tensor, expected: Tensor, place: Place) -> None:
+        part = expected[place]
+        assert mine.shape == part.shape, f"{where}: {kind} of {name}: {mine.shape}, not {part.shape}"
+        assert mine.dtype == part.dtype == wide(case.dtype), f"{where}: {kind} of {name} is {mine.dtype}"
+        if mine.numel():
+            difference = float((mine - part).abs().max())
+            check(kind, f"{where}: {kind} of {name}", difference, float(expected.abs().max()))
+
+    assert got.summed_wide or case.dtype != torch.bfloat16, "gradients were summed in bf16"
+    names = got.initial.keys()
+    assert names, "no parameter here"
+    assert names <= wanted.initial.keys(), names - wanted.initial.keys()
+    for name, tensor in got.initial.items():
+        part = wanted.initial[name][got.places[name]]
+        assert torch.equal(tensor, part), f"initial {name}: not bit-equal"
     for step in range(case.steps):
-        check(
-            "loss",
-            f"step {step}: loss",
-            abs(got.losses[step] - wanted.losses[step]),
-            abs(wanted.losses[step]),
-        )
-        check("norm", f"step {step}: norm", abs(got.norms[step] - wanted.norms[step]), wanted.norms[step])
-        for kind, mine, theirs in (
+        where = f"step {step}"
+        assert got.targets[step] == wanted.targets[step], f"{where}: targets: {got.targets[step]}"
+        check("loss", f"{where}: loss", abs(got.losses[step] - wanted.losses[step]), abs(wanted.losses[step]))
+        for kind, ours, theirs in (
             ("gradient", got.gradients[step], wanted.gradients[step]),
             ("parameter", got.parameters[step], wanted.parameters[step]),
         ):
-            assert mine.keys() <= theirs.keys(), mine.keys() - theirs.keys()
-            for name, tensor in mine.items():
-                reference_tensor = theirs[name]
-                assert tensor.shape == reference_tensor.shape, (name, tensor.shape, reference_tensor.shape)
-                difference = float((tensor - reference_tensor).abs().max())
-                check(kind, f"step {step}: {kind} of {name}", difference, float(reference_tensor.abs().max()))
-    return worst
+            assert ours.keys() == names, f"{where}: no {kind} of {sorted(names - ours.keys())}"
+            for name, tensor in ours.items():
+                check_tensor(kind, where, name, tensor, theirs[name], got.places[name])
+            if kind == "gradient":
+                check("norm", f"{where}: norm", abs(got.norms[step] - wanted.norms[step]), wanted.norms[step])
+    assert got.final.keys() == names
+    for name, tensor in got.final.items():
+        place = (slice(None),) * tensor.dim()
+        check_tensor("parameter", "gathered", name, tensor, wanted.parameters[-1][name], place)
+    digests = _digests(got)
+    if twice:
+        again = distributed(case)
+        assert (again.losses, again.norms) == (got.losses, got.norms), "a second run gives other numbers"
+        other = _digests(again)
+        changed = [name for name, digest in digests.items() if other[name] != digest]
+        assert not changed, f"a second run gives other bits: {changed}"
+    return Answer(worst, digests, got.losses + got.norms)
+
+
+def _digests(trace: Trace) -> dict[str, str]:
+    """Digests of the whole parameters after the last step."""
+    return {
+        name: hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, tensor in trace.final.items()
+    }
+
+
+def hold(case: Case, *, twice: bool = False, timeout: float = 60.0) -> dict[str, float]:
+    """Run the case on the processes of its layout; raises AssertionError unless it is the run of one process.
+
+    Every parameter must have been compared by some process, and processes that have the same one, or the same number,
+    must agree to the bit. Returns the largest relative differences by kind.
+    """
+    wanted = reference(case)
+    work: Any = partial(compare, wanted=wanted, twice=twice)
+    answers: list[Answer] = run_distributed(work, case.layout.world, case, timeout=timeout)
+    seen: dict[str, str] = {}
+    for rank, answer in enumerate(answers):
+        assert answer.numbers == answers[0].numbers, f"rank {rank} has other losses or norms than rank 0"
+        for name, digest in answer.parameters.items():
+            assert seen.setdefault(name, digest) == digest, (
+                f"rank {rank} has another {name} than a rank before"
+            )
+    missing = wanted.initial.keys() - seen.keys()
+    assert not missing, f"no process has {sorted(missing)}"
+    return {kind: max(answer.worst[kind] for answer in answers) for kind in answers[0].worst}

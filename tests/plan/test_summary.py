@@ -42,7 +42,8 @@ def test_figures_of_llama_3_1_8b(tmp_path: Path) -> None:
     assert (
         "parameters     8,030,261,248 (525,336,576 in the embedding, and as many in the output layer)" in text
     )
-    assert "tokens per iteration  2,097,152 (256 rows of 8,192, 128 micro-batches of 2)" in text
+    assert "tokens per iteration  2,097,152 (256 rows of 8,192)" in text
+    assert "data       all 256 rows of a step, in 128 micro-batches of 2" in text
     assert "total tokens          209,715,200,000 (100,000 iterations)" in text
     # 45.03 G in the matrix products, 6.44 G or 12.88 G in attention at 8,192.
     assert "51.47 G with causal attention" in text
@@ -82,7 +83,7 @@ def test_problems_and_warnings_come_with_the_whole_summary(tmp_path: Path) -> No
     assert len(problems) == 1
     assert len(warnings) == 1
     assert [line for line in text.splitlines() if line and not line.startswith(" ")] == [
-        "configuration", "model", "batch", "data", "compute", "disk", "learning rate",
+        "configuration", "model", "batch", "layout", "data", "compute", "disk", "learning rate",
     ]  # fmt: skip
     assert "training  not there yet" in text
     assert "export format  qwen2: cannot hold this architecture" in text

@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 import torch
 
+from modelyard.config.model import DistributedConfig
 from modelyard.errors import UserError
 from modelyard.train.build import compiles
 
 
-def _config(compile: Any) -> Any:
-    return SimpleNamespace(training=SimpleNamespace(compile=compile))
+def _config(compile: Any, **distributed: Any) -> Any:
+    return SimpleNamespace(
+        training=SimpleNamespace(compile=compile),
+        model=SimpleNamespace(distributed=DistributedConfig(**distributed)),
+    )
 
 
 @pytest.mark.parametrize(
@@ -32,6 +36,15 @@ def test_blocks_are_compiled_on_a_gpu_or_where_asked(
 ) -> None:
     monkeypatch.setenv("CXX", "true")  # a program that every machine has
     assert compiles(_config(wanted), torch.device(device)) is expected
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"), [("1f1b", True), ("interleaved", True), ("zero_bubble", False), ("zbv", False)]
+)
+def test_auto_compiles_no_backward_that_is_split(schedule: str, expected: bool) -> None:
+    gpu = torch.device("cuda")
+    assert compiles(_config("auto", pipeline_parallel=2, pipeline_schedule=schedule), gpu) is expected
+    assert compiles(_config("auto", pipeline_schedule=schedule), gpu)  # there is no pipeline
 
 
 def test_without_a_compiler_a_cpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,10 +244,10 @@ def test_a_signal_at_any_moment_beside_the_steps_saves(monkeypatch: pytest.Monke
     def interrupted(run: Any, *args: Any, **kwargs: Any) -> None:
         signalled = run.progress.iteration == 3
         if signalled and moment == "before":
-            run.stop.signum = signal.SIGTERM
+            run.stop.heard = signal.SIGTERM
         beside(run, *args, **kwargs)
         if signalled:
-            run.stop.signum = signal.SIGTERM
+            run.stop.heard = signal.SIGTERM
 
     monkeypatch.setattr(run_module, "_side_work", interrupted)
     assert train(loaded("training.export={interval: 1, format: llama}")) == 128 + signal.SIGTERM
@@ -295,14 +295,14 @@ def test_the_mean_over_a_log_interval_is_that_of_a_run_never_stopped() -> None:
 
 
 def test_data_that_cannot_be_read_costs_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    from modelyard.data.stream import DataStream
+    from modelyard.data.stream import DataStream, Share
 
     batch = DataStream.batch
 
-    def broken(stream: DataStream, index: int) -> Any:
+    def broken(stream: DataStream, index: int, share: Share) -> Any:
         if index == 6:
             raise UserError("store: document 7 has token 99")
-        return batch(stream, index)
+        return batch(stream, index, share)
 
     monkeypatch.setattr(DataStream, "batch", broken)
     with pytest.raises(UserError, match="document 7 has token 99"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -54,13 +54,22 @@ def _list(names: list[str]) -> str:
     return ", ".join(f"'{name}'" for name in names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def load_weights(model: Decoder, source: WeightSource, where: Path | str) -> None:
-    """Copy every parameter into the model, cast to its dtype. Raises UserError where the weights do not fit."""
+def load_weights(
+    model: Decoder,
+    source: WeightSource,
+    where: Path | str,
+    *,
+    write: Callable[[Tensor, Tensor], object] = Tensor.copy_,
+) -> None:
+    """Copy every parameter into the model, cast to its dtype. Raises UserError where the weights do not fit.
+
+    `write` puts a full tensor into a parameter, of which a process may hold a part.
+    """
     if problems := fit_problems(source, model.architecture, where):
         raise UserError(*problems)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(source.load(name))
+            write(parameter, source.load(name))
 
 
 def load_decoder(

@@ -1,0 +1,481 @@
+"""The table of layouts, and which of its rows are tested every time.
+
+To add a layout, add a row to `CASES`. A row is known by its features (`features`); those of the quick tests are chosen so
+that every two features that any row has together are together in one of them (`pairwise_cover`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import combinations
+
+import torch
+
+from modelyard.config.layout import Layout, Schedule
+from modelyard.train.step import LossOptions
+from tests.parallel.matrix import TINY, Case
+
+TIED = replace(TINY, tie_word_embeddings=True)
+LLAMA = replace(TINY, qkv_bias=False)
+"""Llama has no biases."""
+WINDOW = replace(TINY, window_size=5)
+"""Mistral's window, shorter than most documents."""
+STARCODER = replace(
+    TINY,
+    output_bias=True,
+    mlp_bias=True,
+    norm_type="layer_norm",
+    gated=False,
+    activation="gelu",
+    position_embeddings=32,
+    logits_scale=0.5,
+)
+"""Every bias there is (one that each process adds counts several times), and norms that have two parameters."""
+UNEVEN = replace(TINY, hidden_size=20, ffn_hidden_size=28)
+"""Rows that two processes can share evenly and eight cannot: some have none of a norm."""
+EIGHT_LAYERS = replace(TINY, num_layers=8)
+"""For four processes of two stages each."""
+
+
+def layout_of(
+    replicate: int = 1,
+    shard: int = 1,
+    pipeline: int = 1,
+    context: int = 1,
+    tensor: int = 1,
+    *,
+    zero: int = 1,
+    schedule: Schedule = "1f1b",
+    sequence: bool = False,
+    offload: bool = False,
+) -> Layout:
+    """`Layout` in fewer words."""
+    return Layout(
+        replicate,
+        shard,
+        pipeline,
+        context,
+        tensor,
+        sequence_parallel=sequence,
+        zero_stage=zero,  # type: ignore[arg-type]
+        offload=offload,
+        schedule=schedule,
+        stages_per_process=2 if schedule in ("interleaved", "zero_bubble", "zbv") else 1,
+    )
+
+
+Z_LOSS = LossOptions(z_loss=1e-3)
+TORCH_LOSS = LossOptions(implementation="torch", z_loss=1e-3)
+"""The loss by its formula, the fused one's slow twin."""
+L = layout_of
+SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved", "zero_bubble", "zbv")
+
+DATA = [
+    # one process, within torch.distributed: FSDP over itself
+    Case(L()),
+    # each stage, without and with accumulation
+    *(Case(L(shard=2, zero=zero), micro_batch_size=rows) for zero in (1, 2, 3) for rows in (4, 1)),
+    *(Case(L(shard=4, zero=zero), micro_batch_size=1) for zero in (1, 2, 3)),
+    Case(L(shard=8, zero=3), micro_batch_size=1, architecture=UNEVEN),
+    Case(L(replicate=2)),
+    Case(L(replicate=4, zero=2), micro_batch_size=1),
+    *(Case(L(replicate=2, shard=2, zero=zero), micro_batch_size=1) for zero in (1, 2, 3)),
+    Case(L(replicate=2, shard=4, zero=3), micro_batch_size=1, architecture=TIED),
+    *(Case(L(shard=2, zero=zero), data="masked", micro_batch_size=1) for zero in (1, 2, 3)),
+    Case(L(shard=2, zero=2, offload=True), micro_batch_size=1),
+    Case(L(replicate=2, shard=2, zero=3, offload=True), micro_batch_size=1, data="masked"),
+    Case(L(shard=2, zero=3), architecture=TIED, recompute="full"),
+    Case(L(shard=2, zero=3), architecture=STARCODER, options=Z_LOSS),
+    Case(L(shard=2, zero=1), architecture=WINDOW, recompute="selective"),
+    *(
+        Case(L(shard=2, zero=zero), compile=True, recompute=how)
+        for zero, how in ((3, "none"), (1, "selective"))
+    ),
+    *(Case(L(shard=2, zero=3), recompute=how) for how in ("selective", "full")),
+]
+CONTEXT = [
+    Case(L(context=2)),
+    Case(L(context=4, zero=3)),
+    Case(L(context=2), data="long", micro_batch_size=8),
+    Case(L(context=4), data="long", architecture=WINDOW),
+    Case(L(shard=2, context=2, zero=3), data="long", architecture=TIED),
+    Case(L(shard=2, context=2, zero=2), data="masked", micro_batch_size=1),
+    Case(L(replicate=2, context=2, zero=2), data="long", architecture=STARCODER),
+    Case(L(replicate=2, shard=2, context=2, zero=3), micro_batch_size=1),
+    Case(L(context=2, zero=2, offload=True), recompute="full"),
+    Case(L(context=2, zero=3), compile=True),
+    Case(L(context=2), recompute="selective", options=Z_LOSS),
+]
+TENSOR = [
+    Case(L(tensor=2), options=TORCH_LOSS),
+    *(Case(L(tensor=2, sequence=sequence)) for sequence in (False, True)),
+    *(
+        Case(L(tensor=4, sequence=sequence), architecture=replace(TINY, head_groups=4))
+        for sequence in (False, True)
+    ),
+    *(
+        Case(L(shard=2, tensor=2, sequence=sequence, zero=zero), micro_batch_size=1)
+        for sequence in (False, True)
+        for zero in (1, 2, 3)
+    ),
+    Case(L(tensor=2), architecture=TIED, options=Z_LOSS),
+    Case(L(tensor=2, sequence=True), architecture=TIED, data="masked"),
+    *(Case(L(tensor=2, sequence=sequence), architecture=STARCODER) for sequence in (False, True)),
+    Case(L(shard=2, tensor=2, sequence=True, zero=3), architecture=STARCODER),
+    *(
+        Case(L(tensor=2, sequence=sequence), recompute=how)
+        for sequence, how in ((False, "full"), (True, "selective"), (True, "full"))
+    ),
+    *(Case(L(tensor=2, sequence=sequence), compile=True) for sequence in (False, True)),
+    Case(L(replicate=2, tensor=2, sequence=True), architecture=LLAMA),
+    Case(L(replicate=2, shard=2, tensor=2, zero=3), micro_batch_size=1, architecture=UNEVEN),
+    Case(L(shard=2, tensor=2, sequence=True, offload=True), architecture=TIED),
+    Case(L(context=2, tensor=2), data="long"),
+    Case(L(context=2, tensor=2, sequence=True, zero=3), data="long", architecture=WINDOW),
+    Case(L(shard=2, context=2, tensor=2, sequence=True, zero=3), micro_batch_size=1, architecture=TIED),
+]
+PIPELINE = [
+    *(Case(L(pipeline=2, schedule=schedule)) for schedule in SCHEDULES),
+    *(Case(L(pipeline=2, schedule=schedule), architecture=TIED) for schedule in SCHEDULES),
+    *(Case(L(pipeline=4, schedule=schedule), micro_batch_size=1) for schedule in ("gpipe", "1f1b")),
+    Case(L(pipeline=4, schedule="zero_bubble"), micro_batch_size=1, architecture=EIGHT_LAYERS),
+    *(
+        Case(L(shard=2, pipeline=2, schedule=schedule, zero=zero), micro_batch_size=1)
+        for schedule in SCHEDULES
+        for zero in (1, 2, 3)
+    ),
+    Case(L(replicate=2, pipeline=2), micro_batch_size=1, data="masked"),
+    Case(L(replicate=2, shard=2, pipeline=2, zero=3, schedule="zbv"), micro_batch_size=1, architecture=TIED),
+    *(
+        Case(L(pipeline=2, tensor=2, schedule=schedule, sequence=sequence), architecture=TIED)
+        for schedule, sequence in (("1f1b", False), ("1f1b", True), ("interleaved", True), ("zbv", True))
+    ),
+    *(
+        Case(
+            L(shard=2, pipeline=2, tensor=2, schedule=schedule, sequence=True, zero=zero), micro_batch_size=1
+        )
+        for schedule, zero in (("1f1b", 1), ("interleaved", 2), ("zero_bubble", 3), ("zbv", 3))
+    ),
+    Case(L(pipeline=2, context=2), data="long", architecture=TIED),
+    *(
+        Case(L(shard=2, pipeline=2, context=2, schedule=schedule, zero=zero), data="long", micro_batch_size=1)
+        for schedule, zero in (("gpipe", 3), ("1f1b", 3), ("zero_bubble", 2))
+    ),
+    Case(L(pipeline=2, context=2, tensor=2, sequence=True, schedule="interleaved"), architecture=WINDOW),
+    Case(L(pipeline=2), recompute="full", architecture=STARCODER),
+    Case(L(pipeline=2, schedule="interleaved"), recompute="selective", options=Z_LOSS),
+    Case(L(pipeline=2), compile=True),
+    Case(L(shard=2, pipeline=2, zero=2, offload=True), micro_batch_size=1, architecture=TIED),
+]
+BF16 = [
+    replace(case, dtype=torch.bfloat16)
+    for case in (
+        Case(L(shard=2), micro_batch_size=1),  # one reduction a step: what it is made in, shows
+        Case(L(shard=2, zero=3), micro_batch_size=1),
+        Case(L(replicate=2, shard=2, zero=2), micro_batch_size=1),
+        Case(L(context=2), data="long"),
+        Case(L(tensor=2, sequence=True)),
+        Case(L(pipeline=2)),
+    )
+]
+# Rows that have many features at once, so that few of them have every two features that can go together.
+MIXED = [
+    Case(
+        L(pipeline=2, zero=2, schedule="gpipe", offload=True),
+        micro_batch_size=4,
+        architecture=TIED,
+        recompute="selective",
+        data="masked",
+        options=Z_LOSS,
+    ),
+    Case(
+        L(pipeline=2, offload=True),
+        micro_batch_size=4,
+        architecture=UNEVEN,
+        recompute="selective",
+        data="masked",
+        options=Z_LOSS,
+    ),
+    Case(
+        L(pipeline=2, zero=2, schedule="zero_bubble"),
+        micro_batch_size=1,
+        architecture=UNEVEN,
+        recompute="full",
+        data="long",
+        options=Z_LOSS,
+    ),
+    Case(
+        L(pipeline=2, schedule="zbv", offload=True),
+        micro_batch_size=4,
+        architecture=TIED,
+        recompute="full",
+        data="long",
+    ),
+    Case(
+        L(pipeline=2, zero=3, schedule="interleaved", offload=True),
+        micro_batch_size=1,
+        architecture=LLAMA,
+        recompute="selective",
+        data="masked",
+    ),
+    Case(
+        L(tensor=2, zero=2, sequence=True, offload=True),
+        micro_batch_size=4,
+        architecture=STARCODER,
+        recompute="selective",
+        data="masked",
+        options=Z_LOSS,
+    ),
+    Case(
+        L(tensor=2, offload=True),
+        micro_batch_size=4,
+        architecture=STARCODER,
+        recompute="selective",
+        data="long",
+    ),
+    Case(
+        L(pipeline=2, context=2, schedule="zero_bubble", offload=True),
+        architecture=LLAMA,
+        recompute="selective",
+        data="masked",
+    ),
+    Case(
+        L(tensor=2, zero=3, sequence=True, offload=True),
+        micro_batch_size=8,
+        architecture=UNEVEN,
+        recompute="full",
+        data="long",
+        options=Z_LOSS,
+    ),
+    Case(
+        L(pipeline=2, context=2, zero=2, schedule="interleaved"),
+        micro_batch_size=4,
+        architecture=STARCODER,
+        recompute="full",
+        data="long",
+        options=Z_LOSS,
+    ),
+    Case(L(shard=2, zero=2), architecture=STARCODER, recompute="selective", data="masked", options=Z_LOSS),
+    Case(
+        L(pipeline=2, zero=3, schedule="gpipe"),
+        micro_batch_size=4,
+        architecture=STARCODER,
+        recompute="full",
+        data="long",
+        options=Z_LOSS,
+    ),
+    Case(
+        L(replicate=2, pipeline=2, zero=2, schedule="zbv"),
+        micro_batch_size=1,
+        architecture=STARCODER,
+        recompute="selective",
+        data="masked",
+        options=Z_LOSS,
+    ),
+    Case(
+        L(tensor=2, zero=3, offload=True),
+        micro_batch_size=1,
+        architecture=TIED,
+        compile=True,
+        data="masked",
+        options=Z_LOSS,
+    ),
+    Case(
+        L(pipeline=2, tensor=2, schedule="gpipe", sequence=True),
+        micro_batch_size=1,
+        architecture=LLAMA,
+        recompute="full",
+    ),
+    Case(
+        L(shard=2, pipeline=2, schedule="interleaved"),
+        micro_batch_size=1,
+        architecture=UNEVEN,
+        recompute="selective",
+        data="masked",
+    ),
+    Case(L(shard=2, pipeline=2, zero=3), micro_batch_size=1, architecture=TIED, recompute="full"),
+    Case(
+        L(pipeline=2, zero=3, schedule="zero_bubble"),
+        micro_batch_size=1,
+        architecture=STARCODER,
+        data="masked",
+        options=Z_LOSS,
+    ),
+    Case(
+        L(replicate=2, zero=2, offload=True),
+        micro_batch_size=1,
+        architecture=UNEVEN,
+        compile=True,
+        recompute="selective",
+        data="long",
+    ),
+    Case(L(shard=2, context=2, zero=3, offload=True), micro_batch_size=4, architecture=WINDOW),
+    Case(
+        L(pipeline=2, tensor=2, schedule="gpipe", offload=True),
+        micro_batch_size=1,
+        architecture=UNEVEN,
+        recompute="full",
+    ),
+    Case(
+        L(context=2, tensor=2, sequence=True, offload=True),
+        micro_batch_size=1,
+        architecture=TIED,
+        recompute="full",
+    ),
+    Case(L(pipeline=2, context=2, schedule="zbv"), micro_batch_size=1, architecture=UNEVEN, recompute="full"),
+    Case(L(replicate=2, tensor=2, zero=3), micro_batch_size=1, architecture=LLAMA, data="long"),
+    Case(L(pipeline=2, tensor=2, sequence=True, offload=True), architecture=WINDOW, recompute="full"),
+    Case(
+        L(tensor=2, sequence=True),
+        architecture=WINDOW,
+        compile=True,
+        recompute="full",
+        data="long",
+        options=Z_LOSS,
+    ),
+    Case(
+        L(replicate=2, pipeline=2, context=2, zero=2),
+        micro_batch_size=1,
+        architecture=STARCODER,
+        recompute="full",
+        data="long",
+    ),
+    Case(
+        L(pipeline=2, tensor=2, zero=3, schedule="zero_bubble", sequence=True),
+        architecture=WINDOW,
+        data="long",
+    ),
+    Case(
+        L(replicate=2, pipeline=2, tensor=2, zero=2, schedule="interleaved", sequence=True),
+        micro_batch_size=1,
+        architecture=TIED,
+        recompute="full",
+        data="masked",
+    ),
+    Case(L(pipeline=2, tensor=2, zero=3, schedule="zbv"), architecture=LLAMA, data="long"),
+    Case(L(pipeline=2, schedule="zero_bubble"), micro_batch_size=4, architecture=TIED, recompute="selective"),
+    Case(
+        L(replicate=2, shard=2, pipeline=2, schedule="gpipe"),
+        micro_batch_size=1,
+        architecture=WINDOW,
+        recompute="full",
+        data="long",
+    ),
+    Case(
+        L(pipeline=2, tensor=2, schedule="interleaved"),
+        micro_batch_size=4,
+        architecture=WINDOW,
+        recompute="selective",
+        options=Z_LOSS,
+    ),
+    Case(
+        L(shard=2, pipeline=2, tensor=2, zero=2, schedule="zbv", sequence=True),
+        micro_batch_size=1,
+        architecture=WINDOW,
+        data="masked",
+    ),
+    Case(
+        L(shard=2, pipeline=2, tensor=2, schedule="zero_bubble", offload=True),
+        micro_batch_size=1,
+        architecture=LLAMA,
+        recompute="full",
+        data="long",
+        options=Z_LOSS,
+    ),
+    Case(L(context=2, zero=2), architecture=STARCODER, compile=True, recompute="selective", options=Z_LOSS),
+    Case(
+        L(pipeline=2, zero=3, offload=True),
+        micro_batch_size=1,
+        architecture=LLAMA,
+        compile=True,
+        recompute="full",
+        data="long",
+    ),
+    Case(L(pipeline=2, context=2, schedule="gpipe"), recompute="selective", data="long", options=Z_LOSS),
+    Case(L(context=2, tensor=2, zero=3, offload=True), architecture=STARCODER, options=Z_LOSS),
+    Case(L(replicate=2, pipeline=2, zero=3, schedule="zero_bubble"), micro_batch_size=1, architecture=WINDOW),
+    Case(L(pipeline=2, tensor=2, zero=2), micro_batch_size=4, architecture=TIED, options=Z_LOSS),
+    Case(
+        L(pipeline=2, zero=3, schedule="gpipe", offload=True),
+        micro_batch_size=1,
+        architecture=LLAMA,
+        compile=True,
+        recompute="full",
+        data="masked",
+    ),
+    Case(
+        L(shard=2, pipeline=2, zero=2, schedule="interleaved", offload=True), architecture=LLAMA, compile=True
+    ),
+]
+CASES: list[Case] = [*DATA, *CONTEXT, *TENSOR, *PIPELINE, *MIXED, *BF16]
+
+
+# --- what a row is about ----------------------------------------------------------------------------------------
+
+
+def features(case: Case) -> tuple[str, ...]:
+    """What is special about a row; the plainest one has its ZeRO stage only."""
+    layout, shape = case.layout, case.architecture
+    found = {
+        "replicate": layout.replicate > 1,
+        "shard": layout.shard > 1,
+        f"zero {layout.zero_stage}": True,
+        "offload": layout.offload,
+        f"pipeline {layout.schedule}": layout.pipeline > 1,
+        "context": layout.context > 1,
+        "tensor": layout.tensor > 1 and not layout.sequence_parallel,
+        "tensor with sequence": layout.tensor > 1 and layout.sequence_parallel,
+        f"recompute {case.recompute}": case.recompute != "none",
+        "compile": case.compile,
+        "tied": shape.tie_word_embeddings,
+        "biases": shape.mlp_bias,
+        "no bias": not shape.qkv_bias,
+        "window": shape.window_size is not None,
+        "uneven": shape.hidden_size != TINY.hidden_size,
+        "z-loss": case.options.z_loss != 0,
+        "torch loss": case.options.implementation == "torch",
+        "accumulation": case.rows > case.layout.data * case.micro_batch_size,
+        f"{case.data} data": case.data != "packed",
+        "bf16": case.dtype == torch.bfloat16,
+    }
+    return tuple(name for name, there in found.items() if there)
+
+
+def name_of(case: Case) -> str:
+    """A row's name: the processes along each dimension, then its other features."""
+    layout = case.layout
+    kinds = {
+        "copies": layout.replicate,
+        "shards": layout.shard,
+        layout.schedule: layout.pipeline,
+        "context": layout.context,
+        "tensor": layout.tensor,
+    }
+    words = [f"{kind}{count}" for kind, count in kinds.items() if count > 1] or ["one"]
+    sizes = {"replicate", "shard", "context", "tensor", f"pipeline {layout.schedule}"}
+    words += [
+        word.replace("tensor with ", "").replace(" ", "-") for word in features(case) if word not in sizes
+    ]
+    return ",".join(words)
+
+
+def pairs(case: Case) -> set[tuple[str, str]]:
+    return set(combinations(features(case), 2))
+
+
+def pairwise_cover(cases: Sequence[Case]) -> list[Case]:
+    """Some of the cases in which every pair of features of all the cases is: greedily the row with the most new pairs a
+    process of its world (time grows so), the first of them where several are as good."""
+    missing: set[tuple[str, str]] = set().union(*map(pairs, cases))
+    chosen: list[Case] = []
+    while missing:
+        best = max(cases, key=lambda case: len(pairs(case) & missing) / (1 + case.layout.world))
+        chosen.append(best)
+        missing -= pairs(best)
+    return [case for case in cases if case in chosen]
+
+
+def together(cases: Iterable[Case], *wanted: str) -> list[Case]:
+    """The rows that have all of these features."""
+    return [case for case in cases if set(wanted) <= set(features(case))]

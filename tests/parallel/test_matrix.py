@@ -1,0 +1,51 @@
+"""Every layout is the same run: the rows of `cases.py` held to one process (see `matrix.hold`)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.parallel.cases import CASES, features, name_of, pairs, pairwise_cover
+from tests.parallel.matrix import Case, hold
+
+QUICK = pairwise_cover(CASES)
+
+
+def rows(cases: list[Case]) -> list[object]:
+    """The cases as parameters; those that the cover leaves out are slow tests."""
+    return [
+        pytest.param(case, id=name_of(case), marks=() if case in QUICK else pytest.mark.slow)
+        for case in cases
+    ]
+
+
+@pytest.mark.parametrize("case", rows(CASES))
+def test_a_layout_is_the_run_of_one_process(case: Case) -> None:
+    hold(case, twice=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", rows([case for case in CASES if case.dtype == torch.float64]))
+def test_a_layout_is_the_run_of_one_process_in_fp32(case: Case) -> None:
+    hold(replace(case, dtype=torch.float32))
+
+
+def test_rows_have_names_of_their_own() -> None:
+    names = [name_of(case) for case in CASES]
+    assert len(set(names)) == len(names), sorted(name for name in names if names.count(name) > 1)
+
+
+def test_the_quick_rows_have_every_pair_of_features_and_none_is_needless() -> None:
+    every = set().union(*map(pairs, CASES))
+    assert set().union(*map(pairs, QUICK)) == every
+    print(f"\n{len(QUICK)} of {len(CASES)} rows have all {len(every)} pairs of features:")
+    for case in QUICK:
+        print(" ", name_of(case), "|", case.layout.world, "processes")
+    # Kinds of parallelism that nobody combined would be a hole that no cover can see.
+    kinds = ("replicate", "shard", "pipeline 1f1b", "context", "tensor", "tensor with sequence")
+    for one in kinds:
+        for other in kinds:
+            if one != other and {one, other} != {"tensor", "tensor with sequence"}:
+                assert any({one, other} <= set(features(case)) for case in CASES), (one, other)
