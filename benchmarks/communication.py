@@ -167,8 +167,8 @@ def expected(case: Case) -> Iterator[Term]:
     again = micro_batches if case.recompute == "full" else 0
     if layout.context > 1:
         # Keys and values of all tokens, in bf16; gradients of both in bf16 back.
-        width = 2 * shape.head_groups // layout.tensor * shape.head_size
-        sent = B * tokens * layout.context * width * _ring(layout.context)
+        keys_and_values = 2 * shape.head_groups // layout.tensor * shape.head_size
+        sent = B * tokens * layout.context * keys_and_values * _ring(layout.context)
         calls = everyone * shape.num_layers
         for operation in ("all-gather", "reduce-scatter"):
             yield Term(("context", operation), "", calls * micro_batches, calls * micro_batches * sent)
@@ -179,12 +179,12 @@ def expected(case: Case) -> Iterator[Term]:
         # Between two stages of one process, at the bottom of a V, nothing is sent.
         boundaries = layout.stages - 1 - (layout.schedule == "zbv")
         calls = 2 * boundaries * micro_batches * everyone
-        width = shape.hidden_size / (layout.tensor if layout.sequence_parallel else 1)
-        yield Term(("pipeline", "send"), "", calls, calls * B * tokens * width)
+        parts = layout.tensor if layout.sequence_parallel else 1
+        yield Term(("pipeline", "send"), "", calls, calls * B * tokens * shape.hidden_size / parts)
         if shape.tie_word_embeddings and layout.schedule != "zbv":
-            matrix = F * shape.vocab_size * shape.hidden_size * layout.replicate
+            matrices = 2 * layout.replicate * shape.vocab_size * shape.hidden_size
             why = "the tied matrix's gradient, first stage to last and back"
-            yield Term(("pipeline", "send"), why, 2 * everyone, 2 * matrix)
+            yield Term(("pipeline", "send"), why, 2 * everyone, F * matrices)
     sums = 2 * 4 * 8 * _ring(layout.world)
     yield Term(("step", "all-reduce"), "loss, norm, targets, stop", layout.world, layout.world * sums)
 
@@ -285,7 +285,7 @@ def rows_of(case: Case) -> list[dict[str, Any]]:
     for key in sorted({*counted, *(term.key for term in terms)}):
         mine = [term for term in terms if term.key == key]
         formula = [sum(getattr(t, what) for t in mine if not t.why) / world for what in ("calls", "bytes")]
-        beyond = {}
+        beyond: dict[str, tuple[float, float]] = {}
         for term in mine:
             if term.why:
                 before = beyond.get(term.why, (0.0, 0.0))

@@ -419,6 +419,8 @@ def _worker(send: int, folder: Path, cases: Iterator[Case]) -> None:
     def started(*_: object, **__: object) -> None:
         raise Started
 
+    # What comes next reads the pretrained weights, which are empty files here.
+    state_module.first_weights = started  # type: ignore[assignment]
     state_module.parallelize = started  # type: ignore[assignment]
     # The guides' runs need more disk than is at hand; whether there is enough is not the question here.
     free = SimpleNamespace(total=1 << 60, used=0, free=1 << 60)

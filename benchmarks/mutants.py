@@ -121,10 +121,12 @@ def work(folder: Path, mutant: Mutant | None, rows: list[str] | None, deadline: 
     os._exit(0)
 
 
-def copy_tree(destination: Path) -> Path:
+def copy_tree(source: Path, destination: Path, mutant: Mutant | None = None) -> Path:
     for name in ("modelyard", "tests", "benchmarks"):
         ignored = shutil.ignore_patterns("__pycache__", "results", "system")
-        shutil.copytree(ROOT / name, destination / name, ignore=ignored)
+        shutil.copytree(source / name, destination / name, ignore=ignored)
+    if mutant:
+        mutant.put_into(destination)
     return destination
 
 
@@ -132,21 +134,21 @@ def run(place: Path, mutants: list[Mutant], minutes: float) -> list[Verdict]:
     """The verdicts on all mutants, `AT_ONCE` at a time, each in its own copy and a process of its own."""
     fork = multiprocessing.get_context("fork")
     deadline = time.monotonic() + 60 * minutes
-    waiting = list(enumerate(mutants))
-    running: dict[Any, tuple[Any, Mutant]] = {}
+    # All of them from one state of the tree, and none started where one cannot be made.
+    folders = [copy_tree(place / "unchanged", place / str(n), mutant) for n, mutant in enumerate(mutants)]
+    waiting = list(zip(folders, mutants, strict=True))
+    running: dict[Any, tuple[Any, Mutant]] = {}  # by the pipe that the answer comes through
     verdicts: dict[str, Verdict] = {}
     while waiting or running:
         while waiting and len(running) < AT_ONCE:
-            number, mutant = waiting.pop(0)
-            folder = copy_tree(place / str(number))
-            mutant.put_into(folder)
+            folder, mutant = waiting.pop(0)
             receiver, sender = fork.Pipe(duplex=False)
             process = fork.Process(target=work, args=(folder, mutant, None, deadline, sender))
             process.start()
             running[receiver] = process, mutant
-        for receiver in multiprocessing.connection.wait(list(running)):
-            process, mutant = running.pop(receiver)
-            found = receiver.recv()  # type: ignore[union-attr]
+        for answered in multiprocessing.connection.wait(list(running)):
+            process, mutant = running.pop(answered)
+            found: Any = answered.recv()  # type: ignore[union-attr, call-arg]
             process.join()
             if isinstance(found, str):
                 raise SystemExit(f"{mutant.name}: {found}")
@@ -160,7 +162,7 @@ def run(place: Path, mutants: list[Mutant], minutes: float) -> list[Verdict]:
 
 def unchanged(place: Path, rows: list[str]) -> list[Verdict]:
     """What `rows` say of the tree as it is."""
-    folder = copy_tree(place / "unchanged")
+    folder = place / "unchanged"
     receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=work, args=(folder, None, rows, 0.0, sender))
     process.start()
@@ -202,6 +204,7 @@ def main() -> None:
 
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
+        copy_tree(ROOT, Path(temporary) / "unchanged")
         verdicts = run(Path(temporary), mutants, arguments.minutes)
         rows = sorted({verdict.caught_by for verdict in verdicts if verdict.caught_by})
         failed = [verdict for verdict in unchanged(Path(temporary), rows) if verdict.caught_by]

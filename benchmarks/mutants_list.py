@@ -332,7 +332,7 @@ TENSOR = [
     Mutant(
         "every process takes its words for the first ones, in the embedding",
         "parallel/tensor.py",
-        "find(ids, weight.shape[0], self.begin)",
+        "find(ids, weight.shape[0], self.stream.first_word)",
         "find(ids, weight.shape[0], 0)",
         ("tensor",),
     ),
@@ -511,7 +511,7 @@ TOGETHER = [
         "parallel/context.py",
         "max_q, max_k, window=window",
         "max_q, max_k, window=window if k.shape[1] > 1 else None",
-        ("context", "tensor", "window"),
+        ("context", "tensor with sequence", "window"),
     ),
     Mutant(
         "stages after the first count rotary positions from 0",
@@ -519,7 +519,7 @@ TOGETHER = [
         "output = decoder(inputs, part.positions, part.cu_seqlens)",
         "where = part.positions if decoder.is_first else torch.arange(part.positions.shape[1]).expand_as(part.positions)\n"
         "        output = decoder(inputs, where, part.cu_seqlens)",
-        ("pipeline 1f1b",),
+        ("pipeline 1f1b", "context"),
     ),
     Mutant(
         "the last stage of a pipeline takes its words for the first ones",

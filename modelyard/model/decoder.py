@@ -223,7 +223,9 @@ class Decoder(nn.Module):
     def output_weight(self) -> Tensor:
         """The head's matrix [vocabulary, hidden], or the rows of it that `vocabulary` says: the embedding itself where they
         are tied."""
-        return local(self.embed_tokens.weight if self.architecture.tie_word_embeddings else self.lm_head.weight)
+        return local(
+            self.embed_tokens.weight if self.architecture.tie_word_embeddings else self.lm_head.weight
+        )
 
     def forward(
         self,

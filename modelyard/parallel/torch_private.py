@@ -30,7 +30,7 @@ def local_slice(parameter: DTensor) -> tuple[slice, ...]:
 def part_like(local: Tensor, whole: DTensor) -> DTensor:
     """`local` as this process's part of a tensor that is split as `whole` is: the very storage, wherever it lies.
     `DTensor.from_local` would copy what the host keeps (offload) to the GPU (torch 2.11, 2.13)."""
-    return DTensor(local, whole._spec, requires_grad=False)  # type: ignore[call-arg, arg-type]
+    return DTensor(local, whole._spec, requires_grad=False)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

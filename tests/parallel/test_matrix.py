@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.mutants_list import MUTANTS, Mutant
+from tests.conftest import ROOT
 from tests.parallel.cases import CASES, features, name_of, pairs, pairwise_cover
 from tests.parallel.matrix import Case, hold
 
@@ -32,12 +34,19 @@ def test_a_layout_is_the_run_of_one_process_in_fp32(case: Case) -> None:
     hold(replace(case, dtype=torch.float32))
 
 
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_mutant_has_its_place_in_the_program(mutant: Mutant) -> None:
+    """A change of the program may move what `benchmarks/mutants.py` breaks; then the list wants the new place."""
+    text = (ROOT / "modelyard" / mutant.file).read_text(encoding="utf-8")
+    assert text.count(mutant.old) == 1, mutant.old
+
+
 def test_rows_have_names_of_their_own() -> None:
     names = [name_of(case) for case in CASES]
     assert len(set(names)) == len(names), sorted(name for name in names if names.count(name) > 1)
 
 
-def test_the_quick_rows_have_every_pair_of_features_and_none_is_needless() -> None:
+def test_the_quick_rows_have_every_pair_of_features() -> None:
     every = set().union(*map(pairs, CASES))
     assert set().union(*map(pairs, QUICK)) == every
     print(f"\n{len(QUICK)} of {len(CASES)} rows have all {len(every)} pairs of features:")

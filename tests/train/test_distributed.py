@@ -19,6 +19,7 @@ from modelyard.train import checkpoint as checkpoint_module
 from modelyard.train import state as state_module
 from modelyard.train.checkpoint import Checkpoint
 from modelyard.train.console import Console
+from modelyard.train.evaluators import evaluate_loss
 from modelyard.train.run import train
 from modelyard.train.state import Run
 from tests.parallel.processes import run_distributed
@@ -85,14 +86,28 @@ def trained(*overrides: str) -> int:
     return train(loaded(*overrides))
 
 
-def resave(*overrides: str) -> None:
-    """Go on from the run's last checkpoint and save and export what was loaded under the next number."""
+def loss_of(run: Run) -> float:
+    """On the first batch, of the weights that a forward uses."""
+    evaluation = evaluate_loss(
+        run.parallel,
+        run.stream,
+        iterations=1,
+        micro_batch_size=run.config.batch.micro_rows(run.mesh.layout.data),
+        options=run.loss_options,
+    )
+    assert evaluation is not None
+    return evaluation.loss
+
+
+def resave(*overrides: str) -> float:
+    """Go on from the run's last checkpoint and save and export what was loaded under the next number; its loss."""
     run = in_this_layout(*overrides)
     assert run.progress.iteration == 3
     run.progress.iteration = 4
     run.save()
     assert run.saved
     run.export(replace=True)
+    return loss_of(run)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +122,7 @@ def test_a_checkpoint_goes_from_one_process_to_a_layout_and_back(name: str) -> N
     assert train(loaded(*keys, "training.train_iters=3")) == 0
     before = tensors("run/checkpoint/3")
     assert before["optimizer.norm.weight.exp_avg"].abs().max() > 0
-    run_distributed(resave, processes, *keys, *layout)
+    found = run_distributed(resave, processes, *keys, *layout)
     after = tensors("run/checkpoint/4")
     assert after.keys() == before.keys()
     assert [key for key in before if not torch.equal(before[key], after[key])] == []
@@ -118,6 +133,7 @@ def test_a_checkpoint_goes_from_one_process_to_a_layout_and_back(name: str) -> N
     assert new == old
     again = new_run(*keys)
     assert again.progress.iteration == 4
+    assert found == pytest.approx([loss_of(again)] * processes, rel=1e-13)
     assert all(torch.equal(p, before[f"model.{key}"]) for key, p in again.weights.master.items())
 
 
