@@ -106,11 +106,13 @@ def initialize(
     std: InitStd,
     *,
     write: Callable[[Tensor, Tensor], object] = Tensor.copy_,
+    device: torch.device | None = None,
 ) -> None:
     """Fill every parameter in place, in its own dtype. The model's memory exists (`to_empty` after the meta device).
 
-    `write` puts a full tensor into a parameter, of which a process may hold a part.
+    `write` puts a full tensor into a parameter, of which a process may hold a part. The numbers are drawn on `device`
+    (None: where the parameter is): a parameter kept by the host is drawn where the same one would be without that.
     """
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
-        write(parameter, initial_tensor(name, shape, std, seed=seed, device=parameter.device))
+        write(parameter, initial_tensor(name, shape, std, seed=seed, device=device or parameter.device))

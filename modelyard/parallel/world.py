@@ -151,7 +151,12 @@ def _part(world: World) -> None:
 
 def _backend(wanted: str) -> str:
     """As `init_process_group` takes it; hosts always have gloo."""
-    if wanted == "gloo" or not torch.cuda.is_available():
+    if wanted == "gloo" and torch.cuda.is_available():
+        raise UserError(
+            "model.distributed.backend: gloo is for CPUs, and torch sees a GPU; write auto, or hide the GPU with "
+            "CUDA_VISIBLE_DEVICES= in front of the command"
+        )
+    if not torch.cuda.is_available():
         if wanted == "nccl":
             raise UserError(
                 "model.distributed.backend: nccl needs a GPU, and torch sees none; write gloo or auto"
@@ -161,7 +166,7 @@ def _backend(wanted: str) -> str:
     if local >= devices:
         raise UserError(
             f"{os.environ.get('LOCAL_WORLD_SIZE', local + 1)} processes on this machine need a GPU each, and torch sees "
-            f"{devices}; start fewer, or set model.distributed.backend: gloo"
+            f"{devices}; start fewer, or hide the GPUs with CUDA_VISIBLE_DEVICES= in front of the command"
         )
     torch.cuda.set_device(local)
     return "cpu:gloo,cuda:nccl"

@@ -72,7 +72,11 @@ def first_weights(architecture: Architecture, config: TrainConfig) -> tuple[Fill
         mlp_out=transformer.init_method_std_mlp_2,
         limits=init_limits(config.model.base_model),
     )
-    return lambda model, write: initialize(model, seed, std, write=write), f"weights drawn from seed {seed}"
+
+    def draw(model: Decoder, write: Write) -> None:
+        initialize(model, seed, std, write=write, device=compute_device())
+
+    return draw, f"weights drawn from seed {seed}"
 
 
 def _load(model: Decoder, write: Write, *, source: WeightSource, where: str) -> None:

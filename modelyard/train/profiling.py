@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from modelyard.config.train import TrainConfig
 from modelyard.errors import UserError
 from modelyard.files import complete_or_absent, remove_folder
+from modelyard.parallel.world import World
 from modelyard.train.phases import PhaseClock
 from modelyard.train.torch_private import cuda_memory_history
 
@@ -30,23 +31,25 @@ class Profiler:
     The numbers of the step do not change. A trace that cannot be written costs a line, not the run.
     """
 
-    def __init__(
-        self, config: TrainConfig, device: torch.device, say: Callable[[str], None], *, follows: bool = True
-    ):
-        """`follows` False: never, because another process does."""
-        self._follows = follows
+    def __init__(self, config: TrainConfig, device: torch.device, say: Callable[[str], None], world: World):
+        """The main process is followed; the others wait for it to write."""
+        self._world = world
         self._settings, self._schedule = config.training.profiling, config.profiling
         self._folder = config.run.experiment_dir / "profile"
         self._device, self._say = device, say
 
     def due(self, iteration: int) -> bool:
-        return self._follows and (iteration in self._settings.iterations or self._schedule.due(iteration))
+        return iteration in self._settings.iterations or self._schedule.due(iteration)
 
     @contextmanager
     def around(self, iteration: int, clock: PhaseClock) -> Iterator[None]:
         """Follow what happens inside, where `iteration` is one to be followed."""
         if not self.due(iteration):
             yield
+            return
+        if not self._world.is_main:
+            yield
+            self._wait(clock)
             return
         on_gpu = self._device.type == "cuda"
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
@@ -58,11 +61,19 @@ class Profiler:
                     yield
                 finally:
                     clock.traced = False
-                    clock("other")
+                    clock("export")
             try:
                 self._write(iteration, profiler, save_history)
             except (UserError, OSError, RuntimeError) as error:
                 self._say(f"warning: the profile of iteration {iteration} cannot be written: {error}")
+        self._wait(clock)
+
+    def _wait(self, clock: PhaseClock) -> None:
+        """For the main process to have written: here, where it may take as long as an export, and not in a step."""
+        clock("export")
+        with self._world.together():
+            pass
+        clock("other")
 
     def _write(self, iteration: int, profiler: profile, save_history: Callable[[Path], None]) -> None:
         destination = self._folder / str(iteration)

@@ -102,7 +102,7 @@ class Run:
         self.stop = StopSignal(self.world)
         self.events = EventLog(console, kept=self.world.is_main)
         self.clock = PhaseClock(self.device)
-        self.profiler = Profiler(config, self.device, console.line, follows=self.world.is_main)
+        self.profiler = Profiler(config, self.device, console.line, self.world)
         self.forced: list[str] = []
         """What was gone on from all the same, because of --force."""
         found = None
@@ -288,8 +288,11 @@ class Run:
         self._prune(directory, settings)
 
     def _prune(self, directory: Path, settings: CheckpointConfig | ExportConfig) -> None:
-        if self.world.is_main:
-            prune(directory, keep=settings.keep, keep_every=settings.keep_every, ordinal=settings.ordinal)
+        with (
+            self.world.together()
+        ):  # the others wait here, where they may wait long, and not in their next step
+            if self.world.is_main:
+                prune(directory, keep=settings.keep, keep_every=settings.keep_every, ordinal=settings.ordinal)
 
     def _written(self, event: Literal["saved", "exported"], destination: Path, begin: float) -> None:
         if not self.world.is_main:
