@@ -578,8 +578,8 @@ def _little_room() -> None:
 @_add(
     RUN,
     "disk-full",
-    "no space left while saving (exit status 1; here a limit on the size of files stands for it)",
-    "iteration 6 is not saved: no space left in run/checkpoint",
+    "no room while saving (exit status 1; here a limit on the size of files stands for a full disk)",
+    "iteration 6 is not saved: File too large (a limit on file size: ulimit -f) in run/checkpoint",
     "checkpoint run/checkpoint/4 stays",
     status=1,
     afterwards=_previous_stays,

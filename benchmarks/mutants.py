@@ -218,9 +218,11 @@ def main() -> None:
         print(f"fails without any mutant: {verdict.caught_by}: {verdict.how}")
     for name in survivors:
         print(f"survived: {name}")
-    if not arguments.only:
+    if failed:
+        print("nothing is written: the tree itself fails")
+    elif not arguments.only:
         found = [asdict(verdict) for verdict in verdicts]
-        path = write_result(NAME, {"mutants": found, "rows_that_fail_unchanged": [v.how for v in failed]})
+        path = write_result(NAME, {"mutants": found})
         print(f"wrote {path}")
         if arguments.write_docs:
             put_into(DOCS, NAME, table(found))

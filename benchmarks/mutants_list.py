@@ -61,7 +61,14 @@ STEP = [
         "train/step.py",
         "weights.before_backward(last=index == len(parts))",
         "weights.before_backward(last=index == len(parts) - 1)",
-        ("shard", "zero 1", "accumulation"),
+        ("no pipeline", "shard", "zero 1", "accumulation"),
+    ),
+    Mutant(
+        "where the head alone is trained, FSDP never ends its backward",
+        "train/step.py",
+        "            weights.finish_backward(model)\n",
+        "            pass\n",
+        ("no pipeline", "head alone"),
     ),
     Mutant(
         "the weights are not published after the step",
@@ -140,7 +147,7 @@ DATA = [
         "parallel/data.py",
         "unit.set_reshard_after_backward(last)",
         "unit.set_reshard_after_backward(False)",
-        ("shard", "zero 1"),
+        ("no pipeline", "shard", "zero 1"),
     ),
     Mutant(
         "every process starts with the first one's part",
@@ -404,9 +411,23 @@ PIPELINE = [
     Mutant(
         "a split backward: gradients of the weights are not added up",
         "parallel/pipeline.py",
-        "        finish_backward(root)\n",
+        "        finish_backward(root)  # and what was expected\n",
         "",
         ("pipeline zero_bubble", "shard"),
+    ),
+    Mutant(
+        "a split backward in bf16: gradients of both dtypes are reduced together",
+        "parallel/pipeline.py",
+        "        if reduce:\n",
+        "        if False:\n",
+        ("pipeline zero_bubble", "bf16"),
+    ),
+    Mutant(
+        "what a frozen first stage gathered stays",
+        "parallel/pipeline.py",
+        "            if is_frozen:",
+        "            if False:",
+        ("pipeline 1f1b", "frozen"),
     ),
     Mutant(
         "tied embeddings: copies are never summed",
@@ -454,7 +475,7 @@ TOGETHER = [
         "train/step.py",
         "loss.backward()",
         "if micro_batch.num_targets:\n            loss.backward()",
-        ("shard", "zero 1", "masked data"),
+        ("no pipeline", "shard", "zero 1", "masked data"),
     ),
     Mutant(
         "norm: a norm weight's copies and its tensor-parallel twins are not both counted",

@@ -24,6 +24,14 @@ CHECKSUM_LIMIT = 4 * 2**30
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def what_is_full(error: OSError) -> str:
+    """What there is no room in, the disk itself or what is allowed of it, in words for an error of `DISK_FULL`."""
+    if error.errno == errno.ENOSPC:
+        return "no space left"
+    word = os.strerror(error.errno or 0)
+    return f"{word} (a limit on file size: ulimit -f)" if error.errno == errno.EFBIG else word
+
+
 def sync(path: Path) -> None:
     """Wait until `path`, a file's content or a folder's list of entries, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -83,6 +91,8 @@ def disk_full_error(error: OSError, path: Path) -> UserError | None:
     """The message for a disk that filled up while `path` was written; None for any other error."""
     if error.errno not in DISK_FULL:
         return None
+    if error.errno != errno.ENOSPC:
+        return UserError(f"{what_is_full(error)} while writing {path}; nothing of it was kept")
     from modelyard.config.disk import size  # whose imports need this module
 
     try:

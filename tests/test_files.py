@@ -42,6 +42,24 @@ def test_failure_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [
+        (
+            errno.EFBIG,
+            "File too large (a limit on file size: ulimit -f) while writing {}; nothing of it was kept",
+        ),
+        (errno.EDQUOT, "Disk quota exceeded while writing {}; nothing of it was kept"),
+        (errno.EIO, "{} cannot be written: Input/output error"),
+    ],
+)
+def test_what_there_is_no_room_in_is_named(tmp_path: Path, code: int, line: str) -> None:
+    with pytest.raises(UserError) as failure, complete_or_absent(tmp_path / "7"):
+        raise OSError(code, os.strerror(code))
+    assert str(failure.value) == line.format(tmp_path / "7")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_kill_while_writing_leaves_no_complete_folder(tmp_path: Path) -> None:
     program = (
         "import sys, time; from pathlib import Path; from modelyard.files import complete_or_absent\n"

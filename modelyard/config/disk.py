@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from pathlib import Path
 
 from modelyard.config.architecture import Architecture
 from modelyard.config.train import TrainConfig
@@ -51,15 +53,24 @@ def run_bytes(config: TrainConfig, architecture: Architecture) -> int:
 def free_bytes(config: TrainConfig) -> int:
     """What the run may fill: free space, and what its folder holds already."""
     folder = config.run.experiment_dir.absolute()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    existing = _existing(folder)
     used = (
         sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if existing == folder else 0
     )
     return shutil.disk_usage(existing).free + used
 
 
+def _existing(folder: Path) -> Path:
+    """`folder`, or the nearest above it that is there."""
+    return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+
+
 def disk_problem(config: TrainConfig, architecture: Architecture) -> str | None:
-    """One line where the run would fill the disk, else None."""
+    """One line where the run would fill the disk or cannot write to it, else None."""
+    existing = _existing(config.run.experiment_dir.absolute())
+    # What the kernel shows as files, such as /proc, has no size, and to root its permissions say nothing.
+    if not os.access(existing, os.W_OK) or not shutil.disk_usage(existing).total:
+        return f"run.experiment_dir: {config.run.experiment_dir} cannot be written to: {existing} is not writable"
     needed, free = run_bytes(config, architecture), free_bytes(config)
     if needed <= free:
         return None

@@ -263,7 +263,7 @@ def _batch_problems(config: TrainConfig, data: int) -> list[Problem]:
         return [
             (
                 "batch.batch_size",
-                f"{size} rows cannot be dealt evenly to {shares}; nearest that can: {multiples(size, data)}",
+                f"{size} rows cannot be dealt evenly to {shares}; possible: {_other_batches(config, data)}",
             )
         ]
     share = size // data
@@ -292,6 +292,20 @@ def _batch_problems(config: TrainConfig, data: int) -> list[Problem]:
             )
         ]
     return _micro_batch_problems(config, data)
+
+
+def _other_batches(config: TrainConfig, data: int) -> str:
+    """Batch sizes that so many data-parallel processes can share, and numbers of processes that can share this one."""
+    sizes = multiples(config.batch.batch_size, data).replace(" and ", " or ")
+    worlds = listed(possible_worlds(config), data * _model_processes(config.model.distributed))
+    return f"batch_size {sizes}" + (f", or --nproc {worlds}" if worlds else "")
+
+
+def possible_worlds(config: TrainConfig) -> list[int]:
+    """All numbers of processes that can be laid out as the config says, in order."""
+    together = _model_processes(config.model.distributed)
+    worlds = [data * together for data in divisors(config.batch.batch_size)]
+    return [world for world in worlds if not world_problems(config, world)]
 
 
 def _micro_batch_problems(config: TrainConfig, data: int) -> list[Problem]:

@@ -14,7 +14,7 @@ from modelyard.data.manifest import read_manifest
 from modelyard.data.store import saved_sizes, write_synced
 from modelyard.data.workers import WorkerKilled
 from modelyard.errors import UserError
-from modelyard.files import DISK_FULL, disk_full_error, only_one, replace_text, sync
+from modelyard.files import DISK_FULL, disk_full_error, only_one, replace_text, sync, what_is_full
 
 LOCK = ".lock"
 STATE = "unfinished.json"
@@ -157,8 +157,7 @@ def _refused(error: BaseException) -> OSError | None:
 def _explained(error: OSError, output: Path, kept: bool) -> UserError:
     if kept and error.errno in DISK_FULL:
         return UserError(
-            f"no space left while writing {output} ({error.strerror}); make room and run the same again: it goes on "
-            "where it was"
+            f"{what_is_full(error)} while writing {output}; make room and run the same again: it goes on where it was"
         )
     return disk_full_error(error, output) or UserError(f"{error.filename or output}: {error.strerror}")
 

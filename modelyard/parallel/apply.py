@@ -23,8 +23,8 @@ from modelyard.parallel.data import ShardedWeights, apply_data, units_of, write_
 from modelyard.parallel.mesh import Mesh
 from modelyard.parallel.stages import split_layers, stages_of
 from modelyard.parallel.tensor import apply_tensor
-from modelyard.parallel.torch_private import part_like
-from modelyard.train.step import LossOptions, Pipeline
+from modelyard.parallel.torch_private import full_tensor, part_like
+from modelyard.train.step import Pipeline
 from modelyard.train.weights import Weights
 
 Write = Callable[[Tensor, Tensor], None]
@@ -77,7 +77,7 @@ class Parallel:
         stage must ask for the same ones."""
         if isinstance(self.weights, Weights):
             return dict(tensors)
-        return {name: tensor.full_tensor() for name, tensor in self.weights.as_sharded(tensors).items()}
+        return {name: full_tensor(tensor) for name, tensor in self.weights.as_sharded(tensors).items()}
 
 
 def parallelize(
@@ -88,8 +88,6 @@ def parallelize(
     recompute: Recompute,
     compile: bool,
     sequence_length: int,
-    micro_batches: int,
-    loss_options: LossOptions,
     fill: Fill,
     frozen: frozenset[str] = frozenset(),
 ) -> Parallel:

@@ -26,7 +26,8 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from modelyard.model.decoder import Decoder
 from modelyard.parallel.mesh import Mesh
-from modelyard.parallel.torch_private import local_slice, local_tensor
+from modelyard.parallel.torch_private import finish_backward, local_slice, local_tensor
+from modelyard.train.weights import require_gradients
 
 EMBEDDING = "embed_tokens.weight"
 # What the decoder returns is a view, and nothing writes into it.
@@ -115,10 +116,14 @@ class ShardedWeights:
         }
         replicas = mesh.layout.replicate
         tensor = mesh.layout.tensor
-        self._shares = {
-            name: 0.0 if name in self.copies else 1 / (replicas * (tensor if _same_on_tensor_ranks(p) else 1))
+        shares = [
+            0.0 if name in self.copies else 1 / (replicas * (tensor if _same_on_tensor_ranks(p) else 1))
             for name, p in self.sharded.items()
-        }
+            if p.requires_grad
+        ]
+        device = next(iter(self.master.values())).device
+        self._shares = torch.tensor(shares, dtype=torch.float64, device=device)
+        """[trained parameters]: how much of each one's squared norm this process counts."""
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -134,6 +139,11 @@ class ShardedWeights:
                 unit.set_requires_gradient_sync(last)
             if self._stage < 3:
                 unit.set_reshard_after_backward(last)
+
+    def finish_backward(self, model: Decoder) -> None:
+        """Called after a backward that did not go into `model`, for its head's sake alone: FSDP reduces at the end of a
+        backward, and hears of that from the hooks on what `model` returns."""
+        finish_backward(units_of(model)[0])
 
     @torch.no_grad()
     def sum_copies(self) -> None:
@@ -164,16 +174,18 @@ class ShardedWeights:
                 work.wait()
             own.copy_(sent + received)
 
-    def gradients(self) -> list[Tensor]:
-        """The master gradients of this process's shards that exist, in the order of the parameters; once a step."""
-        found = []
+    def finish_gradients(self) -> None:
+        """Give the masters their gradients, once a step, after its last backward. With sequence parallelism that is an
+        all-reduce over tensor. Raises RuntimeError where a trained parameter has none."""
         for name, sharded in self.sharded.items():
             if sharded.grad is not None:
-                gradient = local_tensor(sharded.grad)
-                self.master[name].grad = gradient
-                found.append(gradient)
+                self.master[name].grad = local_tensor(sharded.grad)
+        require_gradients((name, p) for name, p in self.master.items() if p.requires_grad)
         self._sum_over_tokens()
-        return found
+
+    def gradients(self) -> list[Tensor]:
+        """The master gradients of this process's shards that exist, in the order of the parameters."""
+        return [p.grad for p in self.master.values() if p.grad is not None]
 
     @torch.no_grad()
     def _sum_over_tokens(self) -> None:
@@ -194,15 +206,11 @@ class ShardedWeights:
 
     def square_norm(self) -> Tensor:
         """This process's share of the squared norm of the gradient: what several processes hold counts once in all."""
-        shares, gradients = [], []
-        for name, p in self.master.items():
-            if p.grad is not None:
-                shares.append(self._shares[name])
-                gradients.append(p.grad)
+        gradients = self.gradients()
         if not gradients:  # all that this process has is frozen
             return torch.zeros((), dtype=torch.float64, device=self._mesh.device)
         norms = torch.stack(torch._foreach_norm(gradients)).double()
-        return norms.square() @ norms.new_tensor(shares)
+        return norms.square() @ self._shares
 
     def zero_gradients(self) -> None:
         for name, sharded in self.sharded.items():

@@ -20,24 +20,17 @@ class Mesh:
     def __init__(self, layout: Layout, device: torch.device, *, alone: bool = False):
         """`alone`: one process that talks to no other, even where torch.distributed is initialised."""
         self.layout, self.device = layout, device
-        self.rank = 0
         self._root: DeviceMesh | None = None
         if alone or (layout.world == 1 and not dist.is_initialized()):
             return
         if dist.get_world_size() != layout.world:
             raise ValueError(f"{dist.get_world_size()} processes cannot have the layout {layout}")
-        self.rank = dist.get_rank()
         self._root = init_device_mesh(device.type, layout.sizes, mesh_dim_names=DIMENSIONS)
         self._weights = flattened(self._root, ("shard", "context"), "weights")
 
     @property
     def is_distributed(self) -> bool:
         return self._root is not None
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the process that talks to people and writes what there is one of."""
-        return self.rank == 0
 
     def place(self, dimension: str) -> int:
         """This process's number along `dimension` (one of `DIMENSIONS`)."""
@@ -96,17 +89,6 @@ class Mesh:
             dist.all_reduce(sums)
         total_loss, total_square, total_targets, stops = sums.tolist()
         return total_loss, total_square, round(total_targets), stops > 0
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
-        if self.is_distributed:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def wait(self) -> None:
-        """Until every process is here."""
-        if self.is_distributed:
-            dist.barrier()
 
 
 def alone(device: torch.device | str = "cpu") -> Mesh:

@@ -23,7 +23,6 @@ backward of the inputs and of the weights apart: each gathers, and the stage as 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -46,6 +45,7 @@ from modelyard.config.layout import Schedule
 from modelyard.data.batch import Batch
 from modelyard.dtypes import wide
 from modelyard.model.decoder import Decoder
+from modelyard.parallel.context import whole_rows
 from modelyard.parallel.data import ShardedWeights, units_of
 from modelyard.parallel.mesh import Mesh
 from modelyard.parallel.stages import process_of, stages_of
@@ -193,10 +193,7 @@ class Pipeline:
         def keep(model: Decoder, hidden: Tensor, _part: Batch) -> None:
             logits.copy_(model.logits(hidden[0, length - 1 : length])[0])
 
-        with ExitStack() as restored:
-            for model in self._models.values():
-                restored.callback(setattr, model, "boundaries", model.boundaries)
-                model.boundaries = model.whole_rows
+        with whole_rows(*self._models.values()):
             self._forward([part], keep)
         dist.broadcast(logits, group=self._group, group_src=process_of(self.layout.stages - 1, self.layout))
         return logits
@@ -313,7 +310,12 @@ class _Stage(PipelineStage):
         reduce, reshard = last_backward or zero_stage >= 2, last_backward or zero_stage == 3
         if backward_type == "full":
             _expect(root, reduce=reduce, reshard=reshard, last=last_backward)
-            return run()
+            outputs = bwd_kwargs["stage_output"]
+            is_frozen = self.is_first and not any(output.requires_grad for output in outputs)
+            result = run()
+            if is_frozen:  # no backward ran that FSDP could see the end of
+                finish_backward(root)
+            return result
         if zero_stage == 3:
             for unit in units:
                 unit.unshard()
@@ -327,8 +329,12 @@ class _Stage(PipelineStage):
         # Autograd runs for one group of parameters after the other: only afterwards anything is complete.
         _expect(root, reduce=False, reshard=False, last=False)
         result = run()
+        if reduce:
+            # Some of a unit's gradients may be added up already, in the reduced dtype, and others just made, in the
+            # computation's: it reduces them together, and so all have to be of the first kind.
+            finish_backward(root)
         _expect(root, reduce=reduce, reshard=reshard, last=last_backward)
-        finish_backward(root)
+        finish_backward(root)  # and what was expected
         return result
 
 

@@ -13,21 +13,36 @@ LAST_WORD = 10.0
 
 def number_of_processes() -> int:
     """Processes of the job that this one belongs to; 1 where it was started alone."""
-    return _number("WORLD_SIZE", 1)
+    return _number("WORLD_SIZE", least=1, default=1)
 
 
 def rank() -> int:
     """This process's number in the job, from 0."""
-    return _number("RANK", 0) if "WORLD_SIZE" in os.environ else 0
+    if "WORLD_SIZE" not in os.environ:
+        return 0
+    return _number("RANK", least=0, most=number_of_processes() - 1, default=0)
 
 
-def _number(variable: str, default: int) -> int:
+def local_rank() -> int:
+    """This process's number among those of its machine, from 0."""
+    return _number("LOCAL_RANK", least=0)
+
+
+def main_address() -> str:
+    """Where the main process can be reached, as HOST:PORT."""
+    return f"{os.environ['MASTER_ADDR']}:{_number('MASTER_PORT', least=1, most=65535)}"
+
+
+def _number(variable: str, *, least: int, most: int | None = None, default: int = 0) -> int:
     text = os.environ.get(variable, str(default))
-    if not text.isdecimal() or int(text) < default:
-        raise UserError(
-            f"the environment has {variable}={text}, which is no number of processes; unset it, or use --nproc"
-        )
-    return int(text)
+    if text.isascii() and text.isdecimal() and int(text) >= least and (most is None or int(text) <= most):
+        return int(text)
+    allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+    allowed = str(least) if most == least else allowed
+    raise UserError(
+        f"the environment has {variable}={text}, where a whole number {allowed} is expected; start the run with torchrun "
+        "or --nproc, or unset WORLD_SIZE"
+    )
 
 
 def wait_for_the_main_process() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,6 +37,18 @@ def part_like(local: Tensor, whole: DTensor) -> DTensor:
 def local_tensor(tensor: Tensor) -> Tensor:
     """This process's part of a DTensor, the very storage, outside of autograd; any other tensor as it is."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def full_tensor(tensor: DTensor) -> Tensor:
+    """The whole of a DTensor on every process. Where it is split along several dimensions of the mesh torch 2.13 logs that
+    it gathers along one after the other and might know a faster way; whole tensors are wanted once in a long while."""
+    logger = logging.getLogger("torch.distributed.tensor._redistribute")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return tensor.full_tensor()
+    finally:
+        logger.setLevel(level)
 
 
 def gather_into(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> None:

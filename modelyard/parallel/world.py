@@ -7,6 +7,8 @@ wait while the main process writes a manifest.
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,12 +20,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from modelyard.errors import RunFailed, UserError
-from modelyard.parallel.rank import number_of_processes, rank, wait_for_the_main_process
+from modelyard.parallel.rank import (
+    local_rank,
+    main_address,
+    number_of_processes,
+    rank,
+    wait_for_the_main_process,
+)
 
 T = TypeVar("T")
 
 PATIENCE = 1800.0
 """Seconds that processes wait at least for one that saves, exports or reads, before they give it up."""
+
+QUIET = 10.0
+"""Seconds that the main process waits for the others to come before it says so."""
 
 
 class World:
@@ -129,6 +140,8 @@ def connected(*, backend: str, timeout: float, traces: Path) -> Iterator[World]:
             f"the environment has WORLD_SIZE={os.environ['WORLD_SIZE']} but not {', '.join(missing)}: start the run with "
             "torchrun or --nproc, or unset WORLD_SIZE"
         )
+    for check in (number_of_processes, rank, local_rank, main_address):
+        check()
     _record_flights(traces)
     _find_each_other(_backend(backend), timeout)
     world = _world(timeout)
@@ -162,7 +175,7 @@ def _backend(wanted: str) -> str:
                 "model.distributed.backend: nccl needs a GPU, and torch sees none; write gloo or auto"
             )
         return "gloo"
-    local, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    local, devices = local_rank(), torch.cuda.device_count()
     if local >= devices:
         raise UserError(
             f"{os.environ.get('LOCAL_WORLD_SIZE', local + 1)} processes on this machine need a GPU each, and torch sees "
@@ -184,6 +197,10 @@ def _record_flights(traces: Path) -> None:
 
 def _find_each_other(backend: str, timeout: float) -> None:
     limit = timedelta(seconds=timeout)
+    waiting = threading.Timer(QUIET, _say_what_is_waited_for, [timeout])
+    waiting.daemon = True
+    if rank() == 0:
+        waiting.start()
     try:
         store, number, size = next(dist.rendezvous("env://", timeout=limit))
         # After a restart the agent's store still has the addresses of the processes that died
@@ -202,6 +219,17 @@ def _find_each_other(backend: str, timeout: float) -> None:
             f"the {number_of_processes()} processes of the job did not find each other within {timeout:g} s "
             f"(model.distributed.timeout): rank {rank()}: {reason}"
         ) from error
+    finally:
+        waiting.cancel()
+
+
+def _say_what_is_waited_for(timeout: float) -> None:
+    print(
+        f"waiting for {number_of_processes()} processes at {main_address()}, at most {timeout:g} s "
+        "(model.distributed.timeout)",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _world(timeout: float) -> World:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from modelyard.config.architecture import Architecture
-from modelyard.config.layout import Layout
+from modelyard.config.layout import Layout, listed
 from modelyard.config.train import TrainConfig
 from modelyard.parallel.stages import split_layers, stages_of
 
@@ -16,10 +18,10 @@ _RECOMPUTED = {
 
 
 def layout_rows(
-    config: TrainConfig, architecture: Architecture | None, layout: Layout, multiple: int
+    config: TrainConfig, architecture: Architecture | None, layout: Layout, possible: Sequence[int] = ()
 ) -> Rows:
-    """Name and text of each line; `multiple`: what the number of processes has to be a multiple of."""
-    rows = [("processes", _processes(layout, multiple)), ("data", _data(config, layout))]
+    """Name and text of each line; `possible`: the numbers of processes to choose from, where there is still a choice."""
+    rows = [("processes", _processes(layout, possible)), ("data", _data(config, layout))]
     if layout.pipeline > 1:
         rows.append(("pipeline", _pipeline(layout)))
         if architecture is not None:
@@ -40,18 +42,29 @@ def layout_rows(
     return rows
 
 
-def _processes(layout: Layout, multiple: int) -> str:
+def layout_line(layout: Layout) -> str:
+    """The layout in one line, as records keep it."""
+    if layout.world == 1:
+        return "1 process"
+    return f"{layout.world} processes = {_product(layout)}, zero_stage {layout.zero_stage}"
+
+
+def _processes(layout: Layout, possible: Sequence[int]) -> str:
     if layout.world == 1:
         return "1 (--nproc N shows what another number does)"
+    near = listed(list(possible), layout.world)
+    choice = f" ({near} processes are possible)" if len(possible) > 1 else ""
+    return f"{layout.world} = {_product(layout)}{choice}"
+
+
+def _product(layout: Layout) -> str:
     sizes = {
         "data": layout.data,
         "pipeline": layout.pipeline,
         "context": layout.context,
         "tensor": layout.tensor,
     }
-    product = " x ".join(f"{size} {name}" for name, size in sizes.items() if size > 1)
-    possible = f" (any multiple of {multiple} is possible)" if multiple > 1 else ""
-    return f"{layout.world} = {product}{possible}"
+    return " x ".join(f"{size} {name}" for name, size in sizes.items() if size > 1)
 
 
 def _data(config: TrainConfig, layout: Layout) -> str:
@@ -89,6 +102,10 @@ def _stages(config: TrainConfig, architecture: Architecture, layout: Layout) -> 
 
 def _zero(layout: Layout) -> str:
     parts = layout.shard * layout.context
+    if parts == 1 and layout.replicate > 1:
+        each = layout.pipeline * layout.tensor
+        where = "whole in one process" if each == 1 else f"on {each} processes"
+        return f"nothing to share: {layout.replicate} copies of the model, each {where}"
     if parts == 1:
         return "nothing to share: no two processes have the same weights and other tokens"
     kept = ["optimizer state and master weights"]

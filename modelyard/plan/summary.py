@@ -21,7 +21,7 @@ from modelyard.config.disk import (
     size,
 )
 from modelyard.config.huggingface import can_export, weight_problems
-from modelyard.config.layout import layout_of, shape_problems, smallest_world, world_problems
+from modelyard.config.layout import layout_of, possible_worlds, shape_problems, smallest_world, world_problems
 from modelyard.config.loader import Loaded
 from modelyard.config.model import base_model_of
 from modelyard.config.optimizer import LearningRateConfig
@@ -196,13 +196,13 @@ def _batch_rows(config: TrainConfig) -> list[tuple[str, str]]:
 
 
 def _layout_rows(loaded: Loaded, processes: int | None, problems: list[str]) -> list[tuple[str, str]]:
-    smallest = smallest_world(loaded.train)
-    processes = processes or smallest
+    processes = processes or smallest_world(loaded.train)
     if impossible := world_problems(loaded.train, processes):
         problems += loaded.placed(impossible)
     if impossible or shape_problems(loaded.train, loaded.architecture):
         return [("processes", f"{processes} cannot be laid out so")]
-    return layout_rows(loaded.train, loaded.architecture, layout_of(loaded.train, processes), smallest)
+    layout = layout_of(loaded.train, processes)
+    return layout_rows(loaded.train, loaded.architecture, layout, possible_worlds(loaded.train))
 
 
 def _packing(config: TrainConfig) -> str:

@@ -81,7 +81,7 @@ class Run:
     config: dict[str, Any] | None = None
     """The resolved configuration."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """`parameters`, `modelyard_version`, `torch_version`, `device`, as far as they are known."""
+    """`parameters`, `modelyard_version`, `torch_version`, `device`, `layout`, as far as they are known."""
     remarks: list[str] = field(default_factory=list)
     """What is missing or damaged, each for a person to read."""
 
@@ -261,6 +261,7 @@ def _events(path: Path, remarks: list[str]) -> list[Event] | None:
         )
         return None
     events = []
+    layout: str | None = None
     for record in json_lines(path, remarks):
         iteration, when = _number(record.get("iteration")), _number(record.get("time"))
         if "event" in record and not math.isnan(when):
@@ -270,7 +271,11 @@ def _events(path: Path, remarks: list[str]) -> list[Event] | None:
             seconds = (
                 {phase: _number(spent.get(phase)) for phase in PHASES} if isinstance(spent, dict) else {}
             )
-            events.append(Event(iteration, when, kind, str(record.get("text") or kind), seconds))
+            text = str(record.get("text") or kind)
+            before, layout = layout, record.get("layout", layout)  # older versions kept none
+            if before is not None and layout != before:
+                text += f"; on {layout}, before on {before}"
+            events.append(Event(iteration, when, kind, text, seconds))
     return events
 
 

@@ -30,6 +30,8 @@ class Figures:
     """What a run came to. None where its folder does not tell; units: tokens, seconds, bytes, FLOP/s, shares of 1."""
 
     parameters: int | None
+    processes: str | None
+    """How many there were the last time it was started, and what they shared."""
     iterations: int
     planned_iterations: int | None
     tokens: int | None
@@ -62,10 +64,11 @@ def figures(run: Run) -> Figures:
     times = [event.time for event in events or []]
     times += [float(t) for t in run.column("time")[-1:] if np.isfinite(t)]
     iterations = max(last, default=0)
-    parameters = run.facts.get("parameters")
+    parameters, layout = run.facts.get("parameters"), run.facts.get("layout")
     skipped = run.column("skipped_steps")
     return Figures(
         parameters=parameters if isinstance(parameters, int) else None,
+        processes=layout if isinstance(layout, str) else None,
         iterations=iterations,
         planned_iterations=planned,
         tokens=int(np.nanmax(tokens)) if run.has("tokens") else None,
@@ -146,6 +149,7 @@ def rows(found: list[Figures]) -> list[tuple[str, list[str]]]:
         ("State", [one.state for one in found]),
         ("Last record", [_moment(one.last_time) for one in found]),
         ("Parameters", [units.quantity(one.parameters) for one in found]),
+        ("Processes", [one.processes or units.UNKNOWN for one in found]),
         ("Iterations", [_iterations(one) for one in found]),
         ("Tokens", [units.quantity(one.tokens) for one in found]),
         ("Train loss, final", [_final(one.train_loss) for one in found]),

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from modelyard.config.layout import smallest_world
 from modelyard.config.traces import trace_warnings
-from modelyard.plan.layout import layout_rows
+from modelyard.plan.layout import layout_line, layout_rows
 from modelyard.train.build import compiles
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ def announce(run: Run, remarks: list[str]) -> None:
         f"(micro-batches of {config.batch.micro_rows(run.mesh.layout.data)})"
     )
     if not run.world.is_alone:
-        for name, text in layout_rows(config, run.architecture, run.mesh.layout, smallest_world(config)):
+        for name, text in layout_rows(config, run.architecture, run.mesh.layout):
             console.line(f"{name}: {text}")
     for line in run.stream.describe():
         console.line(line)
@@ -41,13 +40,16 @@ def announce(run: Run, remarks: list[str]) -> None:
 def say_start(run: Run) -> None:
     """That the run begins, or where it goes on from."""
     iteration, train_iters, console = run.progress.iteration, run.config.training.train_iters, run.console
-    forced: dict[str, Any] = {"forced": run.forced} if run.forced else {}
+    layout = run.mesh.layout
+    facts: dict[str, Any] = {"processes": layout.world, "layout": layout_line(layout)}
+    if run.forced:
+        facts["forced"] = run.forced
     if iteration:
         checkpoint = run.folder / "checkpoint" / str(iteration)
-        run.events.add("resumed", iteration, f"resuming from {checkpoint}", **forced)
+        run.events.add("resumed", iteration, f"resuming from {checkpoint}", **facts)
     else:
         text = f"{run.architecture.parameter_count():,} parameters, {train_iters:,} iterations"
-        run.events.add("started", 0, text, say=False, **forced)
+        run.events.add("started", 0, text, say=False, **facts)
     if iteration >= train_iters > 0:
         console.line(
             f"this run has {iteration} iterations, training.train_iters is {train_iters}: nothing to train"

@@ -17,7 +17,6 @@ from modelyard.parallel.mesh import Mesh, alone
 from modelyard.parallel.world import connected
 from modelyard.train.build import (
     compute_device,
-    loss_options,
     open_stream,
     stored_weights,
     tokenizer_folder,
@@ -75,8 +74,6 @@ def evaluate(loaded: Loaded, *, checkpoint: Path | None, as_json: bool) -> int:
             recompute="none",
             compile=False,
             sequence_length=config.batch.sequence_length,
-            micro_batches=config.batch.micro_batches(layout.data),
-            loss_options=loss_options(config.model.base_model),
             fill=fill,
         )
         parallel.weights.publish()

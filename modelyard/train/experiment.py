@@ -13,9 +13,11 @@ import torch
 
 import modelyard
 from modelyard.config.architecture import Architecture
+from modelyard.config.layout import Layout
 from modelyard.config.train import TrainConfig
 from modelyard.errors import UserError
 from modelyard.files import replace_text
+from modelyard.plan.layout import layout_line
 from modelyard.train.checkpoint import architecture_from
 from modelyard.train.resume import run_differences
 
@@ -79,6 +81,7 @@ def write_description(
     architecture: Architecture,
     *,
     device: torch.device,
+    layout: Layout,
     data_fingerprint: str,
 ) -> None:
     """`config.json`: what runs here, complete or as it was before; `started` in it is in seconds since 1970."""
@@ -87,6 +90,8 @@ def write_description(
         "modelyard_version": modelyard.__version__,
         "torch_version": torch.__version__,
         "device": device.type + name,
+        "processes": layout.world,
+        "layout": layout_line(layout),
         "started": round(time.time(), 3),
         "config": config.model_dump(mode="json"),
         "architecture": dataclasses.asdict(architecture),

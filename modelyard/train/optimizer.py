@@ -38,6 +38,8 @@ class Optimizer:
             {"params": group, "weight_decay": weight_decay if decayed else 0.0, "scale": scale}
             for (decayed, scale), group in members.items()
         ]
+        # A process of a pipeline may have nothing but frozen layers; torch wants a group all the same.
+        groups = groups or [{"params": [], "scale": 1.0}]
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=epsilon, fused=True)
         self.steps = 0
 

@@ -158,6 +158,7 @@ def _train(run: Run, remarks: list[str]) -> int:
                 config,
                 run.architecture,
                 device=run.device,
+                layout=run.mesh.layout,
                 data_fingerprint=run.stream.fingerprint,
             )
         log = _open_metrics(run)
@@ -231,6 +232,8 @@ def _loop(run: Run, log: MetricsLog | NoMetrics) -> int:
             progress.loss_sum, progress.loss_count = 0.0, 0
         _side_work(run, log)
         if run.stop:
+            if run.stop.word:
+                console.line(run.stop.word)
             run.clock("checkpoint")
             run.save()
             text = f"stopped after iteration {progress.iteration}"

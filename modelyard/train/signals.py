@@ -25,6 +25,8 @@ class StopSignal:
         self.heard: int | None = None
         """By this process."""
         self._agreed: int | None = None
+        self.word: str | None = None
+        """Which other process the run stops for, where the main one did not hear the signal itself; known after `agree`."""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -56,7 +58,15 @@ class StopSignal:
         """Ask every process; whether one of them was asked to stop. All must call it."""
         if self._agreed is None:
             self._agreed = self._world.largest(self.heard or 0) or None
+            if self._agreed and not self._world.is_alone:
+                self._name_who(self._world.gather(self.heard))
         return bool(self)
+
+    def _name_who(self, heard: list[int | None]) -> None:
+        if heard[0] is None:
+            rank, signum = next((rank, signum) for rank, signum in enumerate(heard) if signum is not None)
+            name = signal.Signals(signum).name
+            self.word = f"rank {rank} got {name}: saving after this iteration, then leaving"
 
     @property
     def signum(self) -> int | None:

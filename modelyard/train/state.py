@@ -32,6 +32,7 @@ from modelyard.files import (
     prune,
     set_aside,
     sync,
+    what_is_full,
 )
 from modelyard.model.decoder import Decoder
 from modelyard.model.formats.tokenizer_files import copy_tokenizer
@@ -134,8 +135,6 @@ class Run:
             recompute=config.model.multi_stage.recompute,
             compile=compiled,
             sequence_length=config.batch.sequence_length,
-            micro_batches=config.batch.micro_batches(layout.data),
-            loss_options=self.loss_options,
             fill=fill,
             frozen=frozenset(name for name, scale in scales.items() if scale == 0),
         )
@@ -310,7 +309,8 @@ class Run:
         free = shutil.disk_usage(self.folder).free
         reason = str(error)
         if isinstance(cause, OSError) and cause.errno in DISK_FULL:
-            reason = f"no space left in {directory} ({size(free)} free, {size(needed)} needed)"
+            room = f"{size(free)} free, " if cause.errno == errno.ENOSPC else ""
+            reason = f"{what_is_full(cause)} in {directory} ({room}{size(needed)} needed)"
         text = f"iteration {self.progress.iteration} is not {verb}: {reason}; {stays}"
         facts = {"free_bytes": free, "needed_bytes": needed, "folder": str(directory)}
         self.events.add(

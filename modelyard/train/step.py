@@ -49,19 +49,10 @@ def micro_batches(batch: Batch, rows: int, device: torch.device) -> Iterator[Bat
         yield batch.rows(begin, begin + rows).to(device)
 
 
-def loss_sum(
-    model: Decoder,
-    batch: Batch,
-    options: LossOptions,
-    *,
-    weight_gradient_to: Callable[[Tensor], None] | None = None,
-) -> torch.Tensor:
-    """Sum of the loss over the trained tokens of `batch`: a scalar in fp32 or wider.
-
-    `weight_gradient_to` as in `linear_cross_entropy`.
-    """
+def loss_sum(model: Decoder, batch: Batch, options: LossOptions) -> Tensor:
+    """Sum of the loss over the trained tokens of `batch`: a scalar in fp32 or wider."""
     hidden = model(batch.input_ids, batch.positions, batch.cu_seqlens)
-    return head_loss(model, hidden, batch.labels, options, weight_gradient_to=weight_gradient_to)
+    return head_loss(model, hidden, batch.labels, options)
 
 
 def head_loss(
@@ -72,7 +63,10 @@ def head_loss(
     *,
     weight_gradient_to: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """`loss_sum` from what the decoder, or the part of it that has the head, makes: hidden [rows, sequence, hidden]."""
+    """`loss_sum` from what the decoder, or the part of it that has the head, makes: hidden [rows, sequence, hidden].
+
+    `weight_gradient_to` as in `linear_cross_entropy`.
+    """
     return linear_cross_entropy(
         hidden.flatten(0, 1),
         model.output_weight,
@@ -98,9 +92,12 @@ def accumulate(
     for index, micro_batch in enumerate(parts, 1):
         weights.before_backward(last=index == len(parts))
         phase("forward")
-        loss = loss_sum(model, micro_batch, options, weight_gradient_to=taker)
+        hidden = model(micro_batch.input_ids, micro_batch.positions, micro_batch.cu_seqlens)
+        loss = head_loss(model, hidden, micro_batch.labels, options, weight_gradient_to=taker)
         phase("backward")
         loss.backward()
+        if not hidden.requires_grad:  # the head alone is trained
+            weights.finish_backward(model)
         total += loss.detach()
     return total
 
@@ -158,6 +155,7 @@ def train_step(
         loss = model.accumulate(weights, parts, loss_options, phase)
 
     phase("optimizer")
+    weights.finish_gradients()
     gradients = weights.gradients()
     loss_total, square, targets, stopped = mesh.total(
         loss, weights.square_norm(), batch.num_targets, stop=stop()

@@ -34,6 +34,8 @@ class Weights:
         self.master = {name: nn.Parameter(p.detach().clone()) for name, p in self.compute.items()}
         model.to(compute_dtype)
         for name, parameter in self.compute.items():
+            if not parameter.requires_grad:
+                continue  # frozen
             parameter.register_post_accumulate_grad_hook(_accumulate_into(self.master[name]))
 
     def freeze(self, names: Iterable[str]) -> None:
@@ -50,6 +52,13 @@ class Weights:
     def before_backward(self, *, last: bool) -> None:
         """Called before each micro-batch; `last` of a step. One process has nothing to wait with."""
 
+    def finish_backward(self, model: nn.Module) -> None:
+        """Called after a backward that did not go into `model`. One process has nothing to do at its end."""
+
+    def finish_gradients(self) -> None:
+        """Called once a step, after its last backward. Raises RuntimeError where a trained parameter has no gradient."""
+        require_gradients((name, self.master[name]) for name, p in self.compute.items() if p.requires_grad)
+
     def gradients(self) -> list[torch.Tensor]:
         """The master gradients that exist, in the order of the parameters."""
         return [p.grad for p in self.master.values() if p.grad is not None]
@@ -61,6 +70,15 @@ class Weights:
     def zero_gradients(self) -> None:
         for parameter in self.master.values():
             parameter.grad = None
+
+
+def require_gradients(trained: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Raise RuntimeError naming the parameters without a gradient: they would keep their values, and no number of the step
+    would tell. A step without trained tokens has gradients all the same, of zeros."""
+    missing = [name for name, parameter in trained if parameter.grad is None]
+    if missing:
+        names = f"{missing[0]} (and {len(missing) - 1} more)" if len(missing) > 1 else missing[0]
+        raise RuntimeError(f"no gradient for {names}, although it is trained: a mistake in the program")
 
 
 def wide_gradient_taker(weights: object, parameter: torch.Tensor) -> Callable[[torch.Tensor], None] | None:

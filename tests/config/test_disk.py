@@ -61,6 +61,15 @@ def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "1000 B are free; lower training.checkpoint.keep" in problem
 
 
+def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:
+    """/proc is one to root as well, whom no permissions keep out."""
+    loaded = load_tiny(tmp_path, "run.experiment_dir=/proc/nowhere/run")
+    assert loaded.architecture is not None
+    assert disk.disk_problem(loaded.train, loaded.architecture) == (
+        "run.experiment_dir: /proc/nowhere/run cannot be written to: /proc is not writable"
+    )
+
+
 def test_what_the_run_wrote_already_is_its_own(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     before = disk.free_bytes(config)

@@ -15,6 +15,7 @@ from modelyard.config.layout import (
     layout_of,
     listed,
     multiples,
+    possible_worlds,
     smallest_world,
     takes,
     world_problems,
@@ -247,7 +248,21 @@ FOR_SOME_WORLDS: list[tuple[dict[str, Any], int, str]] = [
     (
         {},
         6,
-        "batch.batch_size: 32 rows cannot be dealt evenly to 6 data-parallel processes; nearest that can: 30 and 36",
+        "batch.batch_size: 32 rows cannot be dealt evenly to 6 data-parallel processes; possible: batch_size 30 or 36, or "
+        "--nproc 1, 2, 4, 8, 16, 32",
+    ),
+    (
+        {"batch__batch_size": 8},
+        16,
+        "batch.batch_size: 8 rows cannot be dealt evenly to 16 data-parallel processes; possible: batch_size 16, or --nproc "
+        "1, 2, 4, 8",
+    ),
+    (
+        # Not 64: each of 16 would have two rows, for four stages.
+        {P: 4, "batch__micro_batch_size": 1},
+        24,
+        "batch.batch_size: 32 rows cannot be dealt evenly to 6 data-parallel processes; possible: batch_size 30 or 36, or "
+        "--nproc 4, 8, 16, 32",
     ),
     (
         {"batch__micro_batch_size": 8},
@@ -318,10 +333,8 @@ def test_refused_for_this_number_of_processes(
     assert raised.value.problems == [problem]
     words = [*SHAPE, *overrides(**keys)]
     key = problem.partition(": ")[0]
-    place = next(
-        (f"override {n}" for n, word in enumerate(words, 1) if word.startswith(key + "=")),
-        "override 5",  # the section
-    )
+    places = [f"override {n}" for n, word in enumerate(words, 1) if word.startswith(key + "=")]
+    place = places[-1] if places else "override 5"  # the section
     assert loaded.placed(world_problems(loaded.train, world)) == [f"{place}: {problem}"]
 
 
@@ -358,6 +371,19 @@ def test_values_that_are_none(tmp_path: Path, key: str, allowed: str) -> None:
 def test_several_problems_at_once(tmp_path: Path) -> None:
     problems = tiny_problems(tmp_path, *SHAPE, *overrides(tensor_parallel=3, sequence_data_parallel=5))
     assert [problem.split(": ")[1] for problem in problems] == ["batch.sequence_length", *[f"{D}.{T}"] * 3]
+
+
+def test_numbers_of_processes_that_are_possible(tmp_path: Path) -> None:
+    """Of the divisors of 12 rows, times the processes that compute a row together."""
+
+    def worlds(**keys: Any) -> list[int]:
+        return possible_worlds(load_tiny(tmp_path, *SHAPE, *overrides(batch__batch_size=12, **keys)).train)
+
+    assert worlds() == [1, 2, 3, 4, 6, 12]
+    assert worlds(tensor_parallel=2) == [2, 4, 6, 8, 12, 24]
+    assert worlds(tensor_parallel=2, data_parallel_replicas=2) == [4, 8, 12, 24]
+    assert worlds(batch__micro_batch_size=2) == [1, 2, 3, 6]
+    assert worlds(pipeline_parallel=4) == []  # all rows at once are too few micro-batches
 
 
 def test_numbers_near_another() -> None:

@@ -553,7 +553,9 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, write_jsonl, tokeniz
     _, error = process.communicate()
     assert process.returncode == 1
     (line,) = error.decode().splitlines()
-    assert line.startswith(f"no space left while writing {tmp_path / 'out'} (File too large")
+    assert line.startswith(
+        f"File too large (a limit on file size: ulimit -f) while writing {tmp_path / 'out'}"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["texts.jsonl"]
 
 

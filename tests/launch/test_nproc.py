@@ -52,7 +52,7 @@ def test_the_same_words_in_each_process(started: Started) -> None:
     [
         (
             ["--nproc", "3"],
-            "train.yaml:2: batch.batch_size: 4 rows cannot be dealt evenly to 3 data-parallel processes; nearest that can: 3 and 6",
+            "train.yaml:2: batch.batch_size: 4 rows cannot be dealt evenly to 3 data-parallel processes; possible: batch_size 3 or 6, or --nproc 1, 2, 4",
         ),
         (
             ["model.distributed.sequence_data_parallel=2"],
@@ -98,9 +98,9 @@ def test_validate_shows_the_layout(started: Started, capsys: pytest.CaptureFixtu
     words = ["train.yaml", "model.distributed.pipeline_parallel=2", "batch.micro_batch_size=1"]
     assert main(["validate", *words, "--nproc", "4"]) == 0
     text = capsys.readouterr().out
-    assert "  processes  4 = 2 data x 2 pipeline (any multiple of 2 is possible)\n" in text
+    assert "  processes  4 = 2 data x 2 pipeline (2, 4 processes are possible)\n" in text
     assert main(["validate", *words]) == 0
-    assert "  processes  2 = 2 pipeline (any multiple of 2 is possible)\n" in capsys.readouterr().out
+    assert "  processes  2 = 2 pipeline (2, 4 processes are possible)\n" in capsys.readouterr().out
     assert main(["validate", *words, "--nproc", "3"]) == 2
     captured = capsys.readouterr()
     assert (

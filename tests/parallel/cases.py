@@ -6,9 +6,9 @@ that every two features that any row has together are together in one of them (`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 
 import torch
 
@@ -34,6 +34,8 @@ STARCODER = replace(
 """Every bias there is (one that each process adds counts several times), and norms that have two parameters."""
 UNEVEN = replace(TINY, hidden_size=20, ffn_hidden_size=28)
 """Rows that two processes can share evenly and eight cannot: some have none of a norm."""
+WIDE = replace(TINY, full_precision_residual=True)
+"""What goes from block to block is in fp32, also where it is computed in bf16."""
 EIGHT_LAYERS = replace(TINY, num_layers=8)
 """For four processes of two stages each."""
 
@@ -105,6 +107,9 @@ CONTEXT = [
     Case(L(context=2, zero=2, offload=True), recompute="full"),
     Case(L(context=2, zero=3), compile=True),
     Case(L(context=2), recompute="selective", options=Z_LOSS),
+    Case(L(context=2), data="whole"),
+    Case(L(context=4), data="whole", architecture=WINDOW),
+    Case(L(context=2, tensor=2, sequence=True), data="whole", architecture=STARCODER),
 ]
 TENSOR = [
     Case(L(tensor=2), options=TORCH_LOSS),
@@ -163,6 +168,42 @@ PIPELINE = [
     Case(L(pipeline=2), compile=True),
     Case(L(shard=2, pipeline=2, zero=2, offload=True), micro_batch_size=1, architecture=TIED),
 ]
+FROZEN = [
+    # the head alone: no backward goes into the decoder where it is whole
+    *(
+        Case(layout, frozen="all but the head")
+        for layout in (
+            L(),
+            *(L(shard=2, zero=zero) for zero in (1, 2, 3)),
+            L(replicate=2),
+            L(context=2, zero=2),
+            *(L(tensor=2, sequence=sequence) for sequence in (False, True)),
+            *(L(pipeline=2, schedule=schedule) for schedule in SCHEDULES),
+        )
+    ),
+    Case(L(shard=2, offload=True), frozen="all but the head", data="masked", micro_batch_size=1),
+    Case(L(context=2, tensor=2, offload=True), frozen="all but the head", data="long"),
+    Case(L(shard=2, pipeline=2, zero=3), micro_batch_size=1, frozen="all but the head", recompute="full"),
+    # all that the first process of a pipeline has, or the last
+    *(
+        Case(L(pipeline=2, schedule=schedule, zero=zero), frozen=frozen)
+        for frozen in ("the first half", "the last half")
+        for schedule, zero in zip(SCHEDULES, (3, 1, 2, 3, 2), strict=True)
+    ),
+    *(Case(L(pipeline=2, schedule=schedule), frozen="the first half") for schedule in SCHEDULES),
+    Case(L(pipeline=2), micro_batch_size=4, frozen="the first half", architecture=TIED),
+    Case(L(pipeline=2, tensor=2, schedule="interleaved"), frozen="the first half", data="masked"),
+    Case(L(pipeline=4), micro_batch_size=1, frozen="the last half", options=Z_LOSS),
+    Case(L(pipeline=2, schedule="zero_bubble", offload=True), frozen="the last half", recompute="full"),
+    Case(L(shard=2, pipeline=2, zero=2, schedule="zbv"), micro_batch_size=1, frozen="the last half"),
+    *(Case(L(shard=2, zero=zero), frozen="the first half") for zero in (1, 2, 3)),
+    Case(L(shard=2, zero=3), frozen="the first half", compile=True),
+    Case(L(replicate=2, context=2, zero=2), micro_batch_size=1, frozen="the last half"),
+    Case(L(shard=2, tensor=2, zero=3, sequence=True), frozen="the last half", recompute="selective"),
+    Case(L(shard=2), micro_batch_size=1, frozen="all but the head", dtype=torch.bfloat16),
+    Case(L(pipeline=2, schedule="zbv", zero=3), frozen="the first half", dtype=torch.bfloat16),
+    Case(L(pipeline=2, schedule="zero_bubble"), frozen="the last half", dtype=torch.bfloat16),
+]
 BF16 = [
     replace(case, dtype=torch.bfloat16)
     for case in (
@@ -171,7 +212,22 @@ BF16 = [
         Case(L(replicate=2, shard=2, zero=2), micro_batch_size=1),
         Case(L(context=2), data="long"),
         Case(L(tensor=2, sequence=True)),
-        Case(L(pipeline=2)),
+        Case(L(replicate=2), micro_batch_size=4),
+        Case(L(shard=2), architecture=TIED, micro_batch_size=1),
+        Case(L(shard=2, zero=3), data="masked"),
+        Case(L(tensor=2), architecture=STARCODER, options=Z_LOSS),
+        Case(L(context=2, zero=3), recompute="full"),
+        *(Case(L(pipeline=2, schedule=schedule, zero=zero)) for schedule in SCHEDULES for zero in (1, 2, 3)),
+        # one micro-batch (1f1b wants two): what the backward of the weights makes is reduced as it is
+        *(
+            Case(L(pipeline=2, schedule=schedule), micro_batch_size=8)
+            for schedule in SCHEDULES
+            if schedule != "1f1b"
+        ),
+        Case(L(shard=2, pipeline=2, schedule="zero_bubble", zero=2), micro_batch_size=1),
+        Case(L(pipeline=2), architecture=WIDE),
+        Case(L(tensor=2, sequence=True), architecture=WIDE),
+        Case(L(pipeline=2, schedule="zbv"), architecture=replace(WIDE, tie_word_embeddings=True)),
     )
 ]
 # Rows that have many features at once, so that few of them have every two features that can go together.
@@ -403,16 +459,23 @@ MIXED = [
         L(shard=2, pipeline=2, zero=2, schedule="interleaved", offload=True), architecture=LLAMA, compile=True
     ),
 ]
-# Three features that meet in one line of code: no cover of pairs needs to have them.
-TRIPLES = [Case(L(context=2, tensor=2, sequence=True, zero=3), data="long", architecture=WINDOW)]
-CASES: list[Case] = [*TRIPLES, *DATA, *CONTEXT, *TENSOR, *PIPELINE, *MIXED, *BF16]
+# Three features that meet in one line of code, which no cover of pairs need have: the mutants say which.
+TRIPLES = [
+    Case(L(context=2, tensor=2, sequence=True, zero=3), data="long", architecture=WINDOW),
+    Case(L(shard=2), micro_batch_size=1),
+    Case(L(shard=2), micro_batch_size=1, data="masked"),
+    Case(L(pipeline=2, schedule="zero_bubble", zero=3), dtype=torch.bfloat16),
+]
+CASES: list[Case] = list(
+    dict.fromkeys([*TRIPLES, *DATA, *CONTEXT, *TENSOR, *PIPELINE, *MIXED, *FROZEN, *BF16])
+)
 
 
 # --- what a row is about ----------------------------------------------------------------------------------------
 
 
 def features(case: Case) -> tuple[str, ...]:
-    """What is special about a row; the plainest one has its ZeRO stage only."""
+    """What is special about a row; the plainest one has its ZeRO stage and no pipeline."""
     layout, shape = case.layout, case.architecture
     found = {
         "replicate": layout.replicate > 1,
@@ -420,6 +483,8 @@ def features(case: Case) -> tuple[str, ...]:
         f"zero {layout.zero_stage}": True,
         "offload": layout.offload,
         f"pipeline {layout.schedule}": layout.pipeline > 1,
+        # Micro-batches one after the other: as much a way of its own as each schedule.
+        "no pipeline": layout.pipeline == 1,
         "context": layout.context > 1,
         "tensor": layout.tensor > 1 and not layout.sequence_parallel,
         "tensor with sequence": layout.tensor > 1 and layout.sequence_parallel,
@@ -428,6 +493,7 @@ def features(case: Case) -> tuple[str, ...]:
         "tied": shape.tie_word_embeddings,
         "biases": shape.mlp_bias,
         "no bias": not shape.qkv_bias,
+        "wide stream": shape.full_precision_residual,
         "window": shape.window_size is not None,
         "uneven": shape.hidden_size != TINY.hidden_size,
         "z-loss": case.options.z_loss != 0,
@@ -435,8 +501,36 @@ def features(case: Case) -> tuple[str, ...]:
         "accumulation": case.rows > case.layout.data * case.micro_batch_size,
         f"{case.data} data": case.data != "packed",
         "bf16": case.dtype == torch.bfloat16,
+        "frozen": case.frozen != "nothing",
+        "head alone": case.frozen == "all but the head",
     }
     return tuple(name for name, there in found.items() if there)
+
+
+_SCHEDULES = tuple(f"pipeline {schedule}" for schedule in SCHEDULES)
+_STAGES = tuple(f"zero {stage}" for stage in (1, 2, 3))
+_KINDS = ("replicate", "shard", "context", "tensor", "tensor with sequence")
+TOGETHER: set[frozenset[str]] = {
+    frozenset(pair)
+    for some, others in (
+        (
+            _SCHEDULES,
+            (*_STAGES, *_KINDS, "bf16", "frozen", "tied", "offload", "recompute full", "masked data"),
+        ),
+        (
+            _STAGES,
+            (*_KINDS, "bf16", "frozen", "head alone", "tied", "offload", "recompute full", "masked data"),
+        ),
+        (_KINDS, (*_KINDS, "bf16", "frozen", "head alone", "tied", "offload", "compile", "recompute full")),
+        (("bf16",), ("frozen", "head alone", "wide stream", "tied", "masked data")),
+        (("context",), ("whole data", "long data", "masked data", "window")),
+        (("accumulation",), (*_STAGES, "offload", "bf16")),
+        (("no pipeline",), ("bf16", "frozen", "head alone", "offload", "compile")),
+    )
+    for pair in product(some, others)
+    if len(set(pair)) == 2 and set(pair) != {"tensor", "tensor with sequence"}
+}
+"""Features that rows must have together: a hole in the table itself no cover of it can see."""
 
 
 def name_of(case: Case) -> str:
@@ -450,10 +544,21 @@ def name_of(case: Case) -> str:
         "tensor": layout.tensor,
     }
     words = [f"{kind}{count}" for kind, count in kinds.items() if count > 1] or ["one"]
-    sizes = {"replicate", "shard", "context", "tensor", f"pipeline {layout.schedule}"}
+    sizes = {
+        "frozen",
+        "head alone",
+        "no pipeline",
+        "replicate",
+        "shard",
+        "context",
+        "tensor",
+        f"pipeline {layout.schedule}",
+    }
     words += [
         word.replace("tensor with ", "").replace(" ", "-") for word in features(case) if word not in sizes
     ]
+    if case.frozen != "nothing":
+        words.append(f"{case.frozen} frozen".replace(" ", "-"))
     return ",".join(words)
 
 
@@ -471,8 +576,3 @@ def pairwise_cover(cases: Sequence[Case]) -> list[Case]:
         chosen.append(best)
         missing -= pairs(best)
     return [case for case in cases if case in chosen]
-
-
-def together(cases: Iterable[Case], *wanted: str) -> list[Case]:
-    """The rows that have all of these features."""
-    return [case for case in cases if set(wanted) <= set(features(case))]

@@ -60,6 +60,15 @@ TINY = Architecture(
 """Four layers, so that four stages have one each; biases where Qwen 2 has them."""
 
 
+FROZEN: dict[str, Callable[[str], bool]] = {
+    "nothing": lambda name: False,
+    "all but the head": lambda name: not name.startswith("lm_head"),
+    "the first half": lambda name: name.startswith(("embed", "layers.0.", "layers.1.")),
+    "the last half": lambda name: not name.startswith(("embed", "layers.0.", "layers.1.")),
+}
+"""Which parameters are not trained, by name; halves of four layers."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One row: a layout, and what is trained in it."""
@@ -77,10 +86,22 @@ class Case:
     compile: bool = False
     """Whether blocks go through torch.compile, with the backend that traces and changes nothing (`aot_eager`)."""
     options: LossOptions = field(default_factory=LossOptions)
+    frozen: str = "nothing"
+    """What keeps its values: a word of `FROZEN`."""
     data: str = "packed"
     """Documents of a row: `packed`: many, of 1 to 20 tokens, the further down the row the more of it masked; `long`: of
     any length, most longer than a chunk; `whole`: every row one; `masked`: as packed, and all rows but the last without
     any trained token."""
+
+    @property
+    def frozen_names(self) -> frozenset[str]:
+        return frozenset(filter(FROZEN[self.frozen], self.architecture.parameter_shapes()))
+
+    @property
+    def is_one_summand(self) -> bool:
+        """Whether one micro-batch of one process has all the targets: nothing is added to the gradients it makes."""
+        summands = self.rows // self.micro_batch_size * self.layout.context
+        return self.data == "masked" or summands == 1
 
     @property
     def on_one_process(self) -> Case:
@@ -192,8 +213,11 @@ def _reference(case: Case) -> Trace:
     initialize(model, SEED, _std(case))
     parameters = dict(model.named_parameters())
     trace = Trace(_copies(parameters), {name: (slice(None),) * p.dim() for name, p in parameters.items()})
-    matrices = [p for p in parameters.values() if p.dim() >= 2]
-    vectors = [p for p in parameters.values() if p.dim() < 2]
+    for name in case.frozen_names:
+        parameters[name].requires_grad_(False)
+    trained = [p for p in parameters.values() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() >= 2]
+    vectors = [p for p in trained if p.dim() < 2]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}],
         lr=LEARNING_RATE[case.dtype],
@@ -213,7 +237,7 @@ def _reference(case: Case) -> Trace:
         trace.losses.append(loss.item())
         trace.targets.append(int((labels != -100).sum()))
         trace.gradients.append(_gradients(parameters))
-        trace.norms.append(float(nn.utils.clip_grad_norm_(parameters.values(), MAX_NORM)))
+        trace.norms.append(float(nn.utils.clip_grad_norm_(trained, MAX_NORM)))
         optimizer.step()
         optimizer.zero_grad()
         trace.parameters.append(_copies(parameters))
@@ -245,9 +269,8 @@ def build(case: Case, mesh: Mesh) -> Parallel:
             recompute=case.recompute,
             compile=case.compile,
             sequence_length=case.sequence_length,
-            micro_batches=case.rows // case.layout.data // case.micro_batch_size,
-            loss_options=case.options,
             fill=lambda model, write: initialize(model, SEED, _std(case), write=write),
+            frozen=case.frozen_names,
         )
 
 
@@ -267,11 +290,18 @@ def distributed(case: Case) -> Trace:
 
 
 def make_optimizer(case: Case, run: Parallel) -> Optimizer:
-    return Optimizer(run.weights.master, weight_decay=WEIGHT_DECAY, betas=BETAS, epsilon=EPSILON[case.dtype])
+    return Optimizer(
+        run.weights.master,
+        weight_decay=WEIGHT_DECAY,
+        betas=BETAS,
+        epsilon=EPSILON[case.dtype],
+        scales=dict.fromkeys(case.frozen_names, 0.0),
+    )
 
 
 def _train(case: Case, run: Parallel, batches: list[Batch]) -> Trace:
     weights = run.weights
+    at_rest = {id(p) for model in run.models for p in model.parameters()}
     optimizer = make_optimizer(case, run)
     trace = Trace(
         _copies(weights.master),
@@ -284,14 +314,13 @@ def _train(case: Case, run: Parallel, batches: list[Batch]) -> Trace:
     )
     for batch in batches:
         sums: dict[str, Tensor] = {}
-        take = weights.gradients
+        finish = weights.finish_gradients
 
-        def keep(sums: dict[str, Tensor] = sums, take: Callable[[], list[Tensor]] = take) -> list[Tensor]:
-            gradients = take()
+        def keep(sums: dict[str, Tensor] = sums, finish: Callable[[], None] = finish) -> None:
+            finish()
             sums.update(_gradients(weights.master))
-            return gradients
 
-        with mock.patch.object(weights, "gradients", keep):
+        with mock.patch.object(weights, "finish_gradients", keep):
             result = train_step(
                 run.model,
                 weights,
@@ -305,11 +334,13 @@ def _train(case: Case, run: Parallel, batches: list[Batch]) -> Trace:
                 mesh=run.mesh,
             )
         assert result.skipped is None, result.skipped
+        left = [name for model in run.models for name, p in model.named_parameters() if id(p) not in at_rest]
+        assert not left, f"still gathered after the step: {left}"
         trace.losses.append(result.loss)
         trace.norms.append(result.grad_norm)
         trace.targets.append(result.targets)
         trace.gradients.append({name: g / result.targets for name, g in sums.items()})
-        trace.summed_wide &= _summed_wide(sums)
+        trace.summed_wide &= case.is_one_summand or _summed_wide(sums)
         trace.parameters.append(_copies(weights.master))
     trace.final = run.whole(trace.parameters[-1])
     return trace
@@ -318,9 +349,9 @@ def _train(case: Case, run: Parallel, batches: list[Batch]) -> Trace:
 def _summed_wide(gradients: Mapping[str, Tensor]) -> bool:
     """Whether much of each matrix's gradient has more bits than bf16 has. Sums that are made in bf16, wherever on their
     way, have none; of those in fp32 over several micro-batches or processes nine elements in ten have, of the embedding's
-    (whose rows few tokens add to) half."""
-    matrices = [g for g in gradients.values() if g.dim() == 2 and g.numel()]
-    return all(float((g != g.bfloat16()).float().mean()) > 0.25 for g in matrices)
+    (whose rows few tokens add to) half. Zeros tell nothing: words that did not occur, activations that are off."""
+    matrices = [g[g != 0] for g in gradients.values() if g.dim() == 2]
+    return all(float((g != g.bfloat16()).float().mean()) > 0.25 for g in matrices if g.numel())
 
 
 # --- held together ----------------------------------------------------------------------------------------------
@@ -383,11 +414,14 @@ def compare(
             ("gradient", got.gradients[step], wanted.gradients[step]),
             ("parameter", got.parameters[step], wanted.parameters[step]),
         ):
-            assert ours.keys() == names, f"{where}: no {kind} of {sorted(names - ours.keys())}"
+            here = names - case.frozen_names if kind == "gradient" else names
+            assert ours.keys() == here, f"{where}: {kind}: no {sorted(here - ours.keys())}, or too many"
             for name, tensor in ours.items():
                 check_tensor(kind, where, name, tensor, theirs[name], got.places[name])
             if kind == "gradient":
                 check("norm", f"{where}: norm", abs(got.norms[step] - wanted.norms[step]), wanted.norms[step])
+    for name in names & case.frozen_names:
+        assert torch.equal(got.parameters[-1][name], got.initial[name]), f"{name} is frozen and has changed"
     assert got.final.keys() == names
     for name, tensor in got.final.items():
         place = (slice(None),) * tensor.dim()

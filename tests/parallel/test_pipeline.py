@@ -174,8 +174,6 @@ def _frozen(case: Case, frozen: frozenset[str]) -> None:
             recompute="none",
             compile=False,
             sequence_length=case.sequence_length,
-            micro_batches=4,
-            loss_options=case.options,
             fill=lambda model, write: initialize(
                 model, 7, InitStd.for_architecture(case.architecture), write=write
             ),
@@ -186,7 +184,7 @@ def _frozen(case: Case, frozen: frozenset[str]) -> None:
             accumulate(run.model, run.weights, parts, case.options, untimed)
         else:
             run.model.accumulate(run.weights, parts, case.options, untimed)
-        run.weights.gradients()
+        run.weights.finish_gradients()
         run.weights.square_norm()
         return run
 
@@ -285,7 +283,7 @@ def _evaluate_between_steps(case: Case) -> tuple[float, float]:
     before = float(run.model.loss_sums(parts, case.options))
     run.release()
     run.model.accumulate(run.weights, parts, case.options, untimed)
-    run.weights.gradients()
+    run.weights.finish_gradients()
     with torch.no_grad():
         for parameter in run.weights.master.values():
             assert parameter.grad is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,16 @@ import torch.distributed as dist
 
 from modelyard.errors import RunFailed, UserError
 from modelyard.parallel import rank as rank_module
+from modelyard.parallel import world as world_module
 from modelyard.parallel.rank import number_of_processes, rank, wait_for_the_main_process
 from modelyard.parallel.world import World, connected
 from tests.parallel.processes import run_distributed
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return int(found.getsockname()[1])
 
 
 def connect() -> World:
@@ -65,13 +73,61 @@ def test_an_environment_that_cannot_work(
         pass
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "allowed"),
+    [
+        ("WORLD_SIZE", "two", "at least 1"),
+        ("WORLD_SIZE", "0", "at least 1"),
+        ("RANK", "2", "from 0 to 1"),
+        ("RANK", "-1", "from 0 to 1"),
+        ("LOCAL_RANK", "first", "at least 0"),
+        ("MASTER_PORT", "0", "from 1 to 65535"),
+        ("MASTER_PORT", "65536", "from 1 to 65535"),
+        ("MASTER_PORT", "http", "from 1 to 65535"),
+    ],
+)
+def test_numbers_in_the_environment_that_are_none(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, allowed: str
+) -> None:
+    good = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, text in {**good, variable: value}.items():
+        monkeypatch.setenv(name, text)
+    with (
+        pytest.raises(UserError) as refusal,
+        connected(backend="gloo", timeout=1, traces=Path("unused")),
+    ):
+        pass
+    assert str(refusal.value) == (
+        f"the environment has {variable}={value}, where a whole number {allowed} is expected; start the run with torchrun "
+        "or --nproc, or unset WORLD_SIZE"
+    )
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_the_main_process_says_what_it_waits_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], late: bool
+) -> None:
+    port = free_port()
+    good = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    for name, text in {**good, "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.setattr(world_module, "QUIET", 0.1 if late else 60.0)
+    with (
+        pytest.raises(RunFailed),
+        connected(backend="gloo", timeout=0.5, traces=Path("unused")),
+    ):
+        pass
+    word = f"waiting for 2 processes at localhost:{port}, at most 0.5 s (model.distributed.timeout)\n"
+    assert capsys.readouterr().err.count(word) == int(late)
+
+
 def test_others_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     environment = {
         "WORLD_SIZE": "2",
         "RANK": "0",
         "LOCAL_RANK": "0",
         "MASTER_ADDR": "localhost",
-        "MASTER_PORT": "0",
+        "MASTER_PORT": str(free_port()),
     }
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -158,7 +214,7 @@ def test_nccl_is_asked_to_remember_what_it_did(monkeypatch: pytest.MonkeyPatch) 
         "RANK": "0",
         "LOCAL_RANK": "0",
         "MASTER_ADDR": "localhost",
-        "MASTER_PORT": "0",
+        "MASTER_PORT": str(free_port()),
     }
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

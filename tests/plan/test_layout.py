@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from modelyard.config.layout import Layout
+from modelyard.plan.layout import layout_line
 from modelyard.plan.summary import summarise
 from tests.config.helpers import load_tiny
 
@@ -39,7 +41,7 @@ def test_one_process(tmp_path: Path) -> None:
 )
 def test_zero_stages(tmp_path: Path, stage: int, kept: str) -> None:
     assert shown(tmp_path, f"model.multi_stage.zero_stage={stage}", processes=4) == [
-        "processes 4 = 4 data",
+        "processes 4 = 4 data (1, 2, 4, 8, 16 processes are possible)",
         "data 4 share the rows of a step: 8 of 32 each, in 4 micro-batches of 2",
         f"ZeRO {stage} each keeps 1/4 of {kept}",
     ]
@@ -59,7 +61,7 @@ def test_every_dimension(tmp_path: Path) -> None:
         processes=32,
     )
     assert lines == [
-        "processes 32 = 4 data x 2 pipeline x 2 context x 2 tensor (any multiple of 16 is possible)",
+        "processes 32 = 4 data x 2 pipeline x 2 context x 2 tensor (16, 32, 64, 128 processes are possible)",
         "data 4 share the rows of a step: 8 of 32 each, in 4 micro-batches of 2",
         "pipeline 2 share the layers, 2 of 4 stages each, as zbv has it",
         # The head costs half a layer: with two layers it would be the slowest stage.
@@ -77,13 +79,36 @@ def test_tensor_parallelism_alone_shares_no_copies(tmp_path: Path) -> None:
     lines = shown(
         tmp_path, "model.distributed.tensor_parallel=2", "model.base_model.transformer.head_groups=2"
     )
-    assert lines[0] == "processes 2 = 2 tensor (any multiple of 2 is possible)"
+    assert lines[0] == "processes 2 = 2 tensor (2, 4, 8, 16, 32 processes are possible)"
     assert lines[-1] == "ZeRO 1 nothing to share: no two processes have the same weights and other tokens"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "processes", "where"),
+    [
+        ((), 2, "each whole in one process"),
+        (
+            ("model.distributed.tensor_parallel=2", "model.base_model.transformer.head_groups=2"),
+            4,
+            "each on 2 processes",
+        ),
+    ],
+)
+def test_copies_share_nothing(tmp_path: Path, overrides: tuple[str, ...], processes: int, where: str) -> None:
+    lines = shown(tmp_path, "model.distributed.data_parallel_replicas=2", *overrides, processes=processes)
+    assert lines[-1] == f"ZeRO 1 nothing to share: 2 copies of the model, {where}"
+
+
+def test_one_line_for_the_records() -> None:
+    assert layout_line(Layout()) == "1 process"
+    assert layout_line(Layout(pipeline=2, tensor=2)) == "4 processes = 2 pipeline x 2 tensor, zero_stage 1"
+    assert layout_line(Layout(replicate=2, shard=3, zero_stage=3)) == "6 processes = 6 data, zero_stage 3"
 
 
 def test_a_layout_that_is_impossible_is_a_problem_and_the_rest_is_shown(tmp_path: Path) -> None:
     text, problems, _ = summarise(load_tiny(tmp_path, *DEEP), 5)
     assert problems == [
-        "override 2: batch.batch_size: 32 rows cannot be dealt evenly to 5 data-parallel processes; nearest that can: 30 and 35"
+        "override 2: batch.batch_size: 32 rows cannot be dealt evenly to 5 data-parallel processes; possible: "
+        "batch_size 30 or 35, or --nproc 1, 2, 4, 8, 16"
     ]
     assert "\n\nlayout\n  processes  5 cannot be laid out so\n\ndata\n" in text

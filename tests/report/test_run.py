@@ -130,6 +130,21 @@ def test_an_old_run_takes_its_configuration_from_the_newest_checkpoint(tmp_path:
     assert read_run(folder).config == {"training": {"train_iters": 9}}
 
 
+def test_a_resume_on_other_processes_says_so(tmp_path: Path) -> None:
+    """The first start is from a version that did not tell."""
+    layouts = [None, "1 process", "1 process", "2 processes = 2 data, zero_stage 1"]
+    events = []
+    for at, layout in enumerate(layouts):
+        more = {} if layout is None else {"processes": int(layout[0]), "layout": layout}
+        events += [event("resumed", at, 2.0 * at, "on", **more), event("saved", at, 2.0 * at + 1, "saved")]
+    found = read_run(write_run(tmp_path / "run", [record(1)], events=events)).events
+    assert found is not None
+    assert [one.text for one in found if one.kind == "resumed"] == [
+        "on", "on", "on", "on; on 2 processes = 2 data, zero_stage 1, before on 1 process",
+    ]  # fmt: skip
+    assert {one.text for one in found if one.kind == "saved"} == {"saved"}
+
+
 def test_what_came_after_the_last_record_counts_with_it(tmp_path: Path) -> None:
     ends = [
         event("stopped", 10, 21.0, more={"checkpoint": 3.0}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from modelyard.report.run import Run, read_run
 from modelyard.report.summary import Losses, differences, figures, phase_seconds, rows
+from modelyard.report.units import UNKNOWN
 from tests.report.fake import START, event, record, write_run
 
 CONFIG: dict[str, Any] = {"training": {"train_iters": 40}, "data": {"files": ["a"]}}
@@ -87,6 +89,17 @@ def test_rows(run: Run) -> None:
         ("Resumes", ["1"]),
         ("Skipped steps", ["2"]),
     ]
+
+
+def test_processes(tmp_path: Path) -> None:
+    """As the run's last start had them; a run that does not tell is unknown beside one that does."""
+    line = "4 processes = 2 pipeline x 2 tensor, zero_stage 1"
+    folder = write_run(tmp_path / "run", [record(1)], config=CONFIG)
+    old = read_run(folder)
+    description = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**description, "processes": 4, "layout": line}))
+    table = dict(rows([figures(read_run(folder)), figures(old)]))
+    assert table["Processes"] == [line, UNKNOWN]
 
 
 def test_phase_seconds(run: Run) -> None:

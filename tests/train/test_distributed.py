@@ -197,6 +197,10 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step() -> None:
     assert run_distributed(signalled, 2) == [(128 + signal.SIGTERM, 3)] * 2
     assert Checkpoint(Path("run/checkpoint/3")).iteration == 3
     assert lines("run/events.jsonl")[-1]["text"].startswith("stopped after iteration 3")
+    assert (
+        "rank 1 got SIGTERM: saving after this iteration, then leaving\n" in Path("run/log.txt").read_text()
+    )
+    assert lines("run/events.jsonl")[0]["layout"] == "2 processes = 2 data, zero_stage 1"
     assert run_distributed(trained, 2) == [0, 0]
     assert list(losses()) == list(range(1, 13))
 

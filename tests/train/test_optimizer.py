@@ -48,6 +48,16 @@ def test_scales_are_factors_on_the_rate_and_zero_freezes() -> None:
     assert values["half"] in again.adamw.state
 
 
+def test_nothing_to_train_is_no_mistake() -> None:
+    """A process of a pipeline may have nothing but frozen layers, and counts the steps like the others."""
+    frozen = nn.Parameter(torch.full((2, 2), 2.0))
+    optimizer = Optimizer({"w": frozen}, weight_decay=0.1, betas=(0.9, 0.95), epsilon=1e-8, scales={"w": 0.0})
+    optimizer.step(0.01)
+    assert optimizer.steps == 1
+    assert frozen.eq(2.0).all()
+    optimizer.load_moments(optimizer.moments(), 1)
+
+
 @pytest.mark.parametrize("steps_before", [0, 3])
 def test_continuing_from_moments_is_bit_equal(steps_before: int) -> None:
     torch.manual_seed(0)

@@ -230,6 +230,12 @@ def test_the_folder_says_what_runs_in_it() -> None:
     # Embedding; q and o; k and v of one group; feed-forward; norms.
     assert description["parameters"] == 32 * 8 + 2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 16 + 3 * 8
     assert description["tokens_per_iteration"] == 64
+    assert (description["processes"], description["layout"]) == (1, "1 process")
+    starts = [e for e in lines("run/events.jsonl") if e["event"] in ("started", "resumed")]
+    assert [(e["event"], e["processes"], e["layout"]) for e in starts] == [
+        ("started", 1, "1 process"),
+        ("resumed", 1, "1 process"),
+    ]
     assert description["device"] == "cpu"
     assert description["torch_version"] == torch.__version__
     assert description["config"]["training"]["train_iters"] == 2

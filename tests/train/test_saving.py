@@ -123,7 +123,8 @@ def test_a_last_save_that_fails_is_a_failure(on_error: str) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     if on_error == "stop":
-        assert str(failure.value).startswith("iteration 1 is not saved: no space left in run/checkpoint (")
+        reason = "File too large (a limit on file size: ulimit -f) in run/checkpoint (397.7 KiB needed); "
+        assert str(failure.value).startswith(f"iteration 1 is not saved: {reason}")
         assert str(failure.value).endswith("there is no earlier checkpoint")
     else:
         assert "the last iteration, 3, is not saved" in str(failure.value)

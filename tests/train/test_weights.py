@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import nn
 
@@ -29,6 +30,27 @@ def test_bf16_gradients_are_summed_in_fp32() -> None:
     assert model.weight.grad is None
     weights.zero_gradients()
     assert weights.gradients() == []
+
+
+def test_a_trained_parameter_without_a_gradient_is_named() -> None:
+    """It would keep its value, and neither loss nor norm would tell."""
+    model = nn.ModuleDict({"used": nn.Linear(1, 1, bias=False), "forgotten": nn.Linear(1, 1)})
+    weights = Weights(model, torch.bfloat16)
+    model["used"](torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"^no gradient for forgotten\.weight \(and 1 more\)"):
+        weights.finish_gradients()
+    weights.freeze(["forgotten.weight", "forgotten.bias"])
+    weights.finish_gradients()
+    assert [g.item() for g in weights.gradients()] == [1.0]
+
+
+def test_frozen_before_the_weights_are_made() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(1, 1, bias=False), "frozen": nn.Linear(1, 1, bias=False)})
+    model["frozen"].requires_grad_(False)
+    weights = Weights(model, torch.bfloat16)
+    model["frozen"](model["used"](torch.ones(1, 1, dtype=torch.bfloat16))).sum().backward()
+    weights.finish_gradients()
+    assert [name for name, p in weights.master.items() if p.grad is not None] == ["used.weight"]
 
 
 def test_publish_casts_the_master_once() -> None:
