@@ -439,8 +439,8 @@ PIPELINE = [
     Mutant(
         "a V: the loss is looked for on the last process",
         "parallel/mesh.py",
-        'if self.layout.schedule != "zbv" else 0',
-        "",
+        "last = process_of(self.layout.stages - 1, self.layout)",
+        "last = self.layout.pipeline - 1",
         ("pipeline zbv",),
     ),
 ]

@@ -77,7 +77,11 @@ class Parallel:
         stage must ask for the same ones."""
         if isinstance(self.weights, Weights):
             return dict(tensors)
-        return {name: full_tensor(tensor) for name, tensor in self.weights.as_sharded(tensors).items()}
+        device, sharded = (
+            self.mesh.device,
+            self.weights.sharded,
+        )  # the host may keep them, and gathers nothing
+        return {name: full_tensor(part_like(t.to(device), sharded[name])) for name, t in tensors.items()}
 
 
 def parallelize(

@@ -10,7 +10,7 @@ gradients. Gradients are summed, never averaged: the loss is a sum over tokens, 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -216,20 +216,6 @@ class ShardedWeights:
         for name, sharded in self.sharded.items():
             sharded.grad = None
             self.master[name].grad = None
-
-    def as_sharded(self, tensors: Mapping[str, Tensor]) -> dict[str, DTensor]:
-        """Tensors shaped as this process's parts of the parameters (moments, for instance), as parts of whole ones."""
-        return {
-            name: DTensor.from_local(
-                tensor,
-                self.sharded[name].device_mesh,
-                self.sharded[name].placements,
-                run_check=False,
-                shape=self.sharded[name].shape,
-                stride=self.sharded[name].stride(),
-            )
-            for name, tensor in tensors.items()
-        }
 
 
 def _same_on_tensor_ranks(parameter: DTensor) -> bool:

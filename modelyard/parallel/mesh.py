@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from modelyard.config.layout import DIMENSIONS, Layout
+from modelyard.parallel.stages import process_of
 from modelyard.parallel.torch_private import flattened
 
 
@@ -64,8 +65,8 @@ class Mesh:
     @property
     def has_loss(self) -> bool:
         """Whether this process has the loss of its tokens, and no other process has the same."""
-        last = self.place("pipeline") == (self.layout.pipeline - 1 if self.layout.schedule != "zbv" else 0)
-        return last and self.place("tensor") == 0
+        last = process_of(self.layout.stages - 1, self.layout)
+        return self.place("pipeline") == last and self.place("tensor") == 0
 
     @property
     def has_tokens(self) -> bool:
