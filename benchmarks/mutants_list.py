@@ -187,8 +187,8 @@ DATA = [
     Mutant(
         "the loss is counted by every tensor-parallel process",
         "parallel/mesh.py",
-        'return last and self.place("tensor") == 0',
-        "return last",
+        'return self.place("pipeline") == last and self.place("tensor") == 0',
+        'return self.place("pipeline") == last',
         ("tensor",),
     ),
     Mutant(

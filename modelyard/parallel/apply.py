@@ -77,10 +77,8 @@ class Parallel:
         stage must ask for the same ones."""
         if isinstance(self.weights, Weights):
             return dict(tensors)
-        device, sharded = (
-            self.mesh.device,
-            self.weights.sharded,
-        )  # the host may keep them, and gathers nothing
+        # The host may keep them, but gathers nothing.
+        device, sharded = self.mesh.device, self.weights.sharded
         return {name: full_tensor(part_like(t.to(device), sharded[name])) for name, t in tensors.items()}
 
 
