@@ -1,0 +1,134 @@
+"""The verbs around what was trained: generate, convert, report."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from modelyard.cli.arguments import Verb, dtype_name
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", type=Path, metavar="MODEL", help="Hugging Face folder, checkpoint, or experiment folder"
+    )
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="may be given several times; an empty one starts from nothing",
+    )
+    parser.add_argument(
+        "--prompt-file",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="a whole file as a prompt",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="0 always takes the likeliest (default: 1)",
+    )
+    parser.add_argument(
+        "--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: all)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the smallest set that holds P (default: all)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    parser.add_argument(
+        "--dtype", type=dtype_name, metavar="TYPE", help="fp32, bf16, fp16, fp64 (default: the weights' own)"
+    )
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: the one beside the model")
+    parser.add_argument("--json", action="store_true", help="one line a prompt: prompt, text, token_ids")
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from modelyard.generate.command import generate_command
+
+    return generate_command(options)
+
+
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", type=Path, metavar="SOURCE", help="checkpoint, experiment folder or Hugging Face folder"
+    )
+    parser.add_argument(
+        "destination", type=Path, metavar="DESTINATION", help="folder to write; must not exist"
+    )
+    from modelyard.config.huggingface import FAMILIES
+
+    parser.add_argument("--format", choices=tuple(FAMILIES), help="family (default: as the source)")
+    parser.add_argument(
+        "--dtype",
+        type=dtype_name,
+        metavar="TYPE",
+        help="fp32, bf16, fp16 (default: bf16; a Hugging Face folder's own)",
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="tokenizer to put beside (default: the source's)"
+    )
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from modelyard.train.export import convert
+
+    return convert(
+        options.source,
+        options.destination,
+        family=options.format,
+        dtype=options.dtype,
+        tokenizer_folder=options.tokenizer,
+    )
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run (its run.experiment_dir)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="page to write (default: RUN/report.html; report.html for several runs)",
+    )
+
+
+def _report(options: argparse.Namespace) -> int:
+    from modelyard.report.command import report
+
+    return report(options.runs, options.output)
+
+
+VERBS: dict[str, Verb] = {
+    "generate": Verb(
+        "Continue prompts with a model.",
+        """examples:
+  modelyard generate runs/a --prompt 'def fibonacci(n):' --temperature 0
+  modelyard generate Llama-3.1-8B --prompt-file question.txt --top-p 0.9 --json""",
+        _generate_arguments,
+        _generate,
+    ),
+    "convert": Verb(
+        "Write a folder that transformers loads.",
+        "example:\n  modelyard convert runs/a/checkpoint/1000 my-model --format llama",
+        _convert_arguments,
+        _convert,
+    ),
+    "report": Verb(
+        "Write runs, finished or not, as one HTML page: plots, samples, events, configuration.",
+        """\
+Several runs lie over one another. The page is one file and loads nothing from anywhere.
+examples:
+  modelyard report runs/a
+  modelyard report runs/a runs/b --output compared.html""",
+        _report_arguments,
+        _report,
+    ),
+}

@@ -1,0 +1,174 @@
+"""The verbs around a config of a run: train, validate, evaluate, schema, migrate."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from modelyard.cli.arguments import (
+    OVERRIDES,
+    Verb,
+    config_arguments,
+    files_and_overrides,
+    laid_out,
+    load,
+    nproc_argument,
+    start,
+)
+from modelyard.errors import UserError
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    config_arguments(parser)
+    nproc_argument(parser)
+    parser.add_argument(
+        "-v", "--validate", action="store_true", help="only check the config, as `modelyard validate` does"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="go on although the config changed what was trained so far"
+    )
+
+
+def _train(options: argparse.Namespace) -> int:
+    if options.validate:
+        return _validate(options)
+    loaded, processes = laid_out(options)
+    if processes is not None:
+        return start(processes, "train", options, *["--force"] * options.force)
+    from modelyard.train.run import train
+
+    return train(loaded, force=options.force)
+
+
+def _validate_arguments(parser: argparse.ArgumentParser) -> None:
+    config_arguments(parser)
+    nproc_argument(parser, "show the layout on N processes")
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from modelyard.launch.command import processes_asked
+    from modelyard.plan.summary import summarise
+
+    loaded = load(options, None, keep_problems=True)
+    processes = processes_asked(options.nproc) or (1 if options.nproc == "auto" else None)
+    for notice in loaded.notices:
+        print(f"note: {notice}")
+    text, problems, warnings = summarise(loaded, processes)
+    print(text)
+    for warning in warnings:
+        print(f"warning: {warning}")
+    if problems:
+        raise UserError(*problems)
+    print(
+        "valid" if not warnings else f"valid, with {len(warnings)} warning{'s' if len(warnings) > 1 else ''}"
+    )
+    return 0
+
+
+def _schema_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kind", choices=("train", "prepare"), default="train", help="which config (default: train)"
+    )
+
+
+def _schema(options: argparse.Namespace) -> int:
+    import json
+
+    from modelyard.config.schema import json_schema
+
+    print(json.dumps(json_schema(options.kind), indent=2))
+    return 0
+
+
+def _migrate_arguments(parser: argparse.ArgumentParser) -> None:
+    config_arguments(parser)
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="write it there, not to the screen; must not exist"
+    )
+
+
+def _migrate(options: argparse.Namespace) -> int:
+    from modelyard.config.migrate import migrate
+    from modelyard.files import replace_text
+
+    files, overrides = files_and_overrides(options)
+    if options.output is not None and os.path.lexists(options.output):
+        raise UserError(f"{options.output} exists; name another file, or remove it")
+    migrated = migrate(files, overrides)
+    if migrated.problems:
+        if options.output is None:
+            print(migrated.text, end="")
+        raise UserError(*migrated.problems)
+    if options.output is None:
+        print(migrated.text, end="")
+    else:
+        replace_text(options.output, migrated.text)
+    return 0
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    config_arguments(parser)
+    nproc_argument(parser)
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="which (default: the newest of run.experiment_dir)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON line an evaluator")
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    loaded, processes = laid_out(options)
+    if processes is not None:
+        checkpoint = [] if options.checkpoint is None else ["--checkpoint", str(options.checkpoint)]
+        return start(processes, "evaluate", options, *checkpoint, *["--json"] * options.json)
+    from modelyard.train.evaluate import evaluate
+
+    return evaluate(loaded, checkpoint=options.checkpoint, as_json=options.json)
+
+
+VERBS: dict[str, Verb] = {
+    "train": Verb(
+        "Train as the config says, or go on where the experiment stopped.",
+        f"""{OVERRIDES}
+examples:
+  modelyard train examples/train-tiny.yaml
+  modelyard train base.yaml training.train_iters=50 model.base_model.transformer.num_layers=4
+  modelyard train base.yaml --nproc 8
+  torchrun --nproc_per_node=8 --no_python modelyard train gpt --config base.yaml      (the guides' words)""",
+        _train_arguments,
+        _train,
+    ),
+    "validate": Verb(
+        "Everything that can be known of a config before starting: shape, sizes, schedule, problems.",
+        f"""{OVERRIDES}
+Data or weights that are not there yet are warnings (exit status 0); a config that cannot run exits with 2.
+examples:
+  modelyard validate train.yaml
+  modelyard validate llama-3.1-8b-train.yaml llama-3.1-8b-architecture-part.yaml
+  modelyard validate train.yaml model.distributed.tensor_parallel=2 --nproc 8""",
+        _validate_arguments,
+        _validate,
+    ),
+    "evaluate": Verb(
+        "Run the config's evaluators on its newest checkpoint, or on a named one.",
+        "examples:\n  modelyard evaluate train.yaml\n  modelyard evaluate train.yaml --checkpoint runs/a/checkpoint/1000",
+        _evaluate_arguments,
+        _evaluate,
+    ),
+    "migrate": Verb(
+        "Write a config of an older or newer dialect in today's spelling, its defaults written out.",
+        f"""{OVERRIDES}
+The files become one. What it says is checked against the original; what cannot be translated is listed (exit status 2).
+examples:
+  modelyard migrate old.yaml
+  modelyard migrate train.yaml model.yaml batch.batch_size=256 --output today.yaml""",
+        _migrate_arguments,
+        _migrate,
+    ),
+    "schema": Verb(
+        "Print the JSON schema of a config, for editors that complete and check YAML.",
+        "example:\n  modelyard schema --kind train > train.schema.json",
+        _schema_arguments,
+        _schema,
+    ),
+}
