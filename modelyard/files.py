@@ -9,11 +9,11 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from modelyard.errors import UserError
 
@@ -102,32 +102,53 @@ def disk_full_error(error: OSError, path: Path) -> UserError | None:
     return UserError(f"no space left while writing {path} ({error.strerror}{free}); nothing of it was kept")
 
 
+Facts = dict[str, dict[str, Any]]
+"""Name of a file in its folder → `bytes` and `sha256`: what a manifest holds."""
+
+
+def unfinished(destination: Path) -> Path:
+    """Where a folder is written before it gets its name."""
+    return destination.with_name(destination.name + ".tmp")
+
+
+def synced_facts(files: Iterable[Path], folder: Path) -> Facts:
+    """What the manifest says of these files of `folder`; they are on the disk when this returns."""
+    files = list(files)
+    with ThreadPoolExecutor(1) as pool:
+        syncing = pool.map(sync, files)  # the disk and the checksums take their time side by side
+        facts = {
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            for path in files
+        }
+        list(syncing)
+    return facts
+
+
 @contextmanager
-def complete_or_absent(destination: Path, *, manifest: bool = False) -> Iterator[Path]:
+def complete_or_absent(
+    destination: Path, *, manifest: bool = False, known: Facts | None = None
+) -> Iterator[Path]:
     """Give a folder to write into; it becomes `destination` when the block ends well, and vanishes otherwise.
 
     It is written beside as `<name>.tmp`; at the end every file is synced, the folder is renamed and its parent synced.
-    What was at `destination` stays until then. A kill at any moment leaves `destination` whole or absent. With `manifest` it also gets a list of its files with size
-    and sha256, for `damage`. Raises UserError when the disk is full.
+    What was at `destination` stays until then. A kill at any moment leaves `destination` whole or absent. With `manifest`
+    it also gets a list of its files with size and sha256, for `damage`; `known`, which the block may fill, has the facts of
+    files that whoever wrote them has synced. Raises UserError when the disk is full.
     """
-    temporary = destination.with_name(destination.name + ".tmp")
+    temporary = unfinished(destination)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield temporary
         written = sorted(temporary.rglob("*"))
-        with ThreadPoolExecutor(1) as pool:
-            syncing = pool.map(sync, written)  # the disk and the checksums take their time side by side
-            if manifest:
-                facts = {
-                    p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)}
-                    for p in written
-                    if p.is_file()
-                }
-                write_json(temporary / MANIFEST, facts)
-            list(syncing)
-        for path in (temporary / MANIFEST, temporary) if manifest else (temporary,):
+        if manifest:
+            facts = dict(known or {})
+            rest = [p for p in written if p.is_file() and p.relative_to(temporary).as_posix() not in facts]
+            facts |= synced_facts(rest, temporary)
+            write_json(temporary / MANIFEST, dict(sorted(facts.items())))
+            written = [temporary / MANIFEST, *(p for p in written if p.is_dir())]
+        for path in (*written, temporary):
             sync(path)
         before = destination.with_name(destination.name + ".before.tmp")
         if destination.exists():
@@ -160,20 +181,19 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(remains, ignore_errors=True)
 
 
-def prune(
-    directory: Path, *, keep: int | None, keep_every: int | None, ordinal: Callable[[int], int | None]
-) -> list[Path]:
+Retention = Literal["permanent", "regular", "ephemeral"]
+"""How long a numbered folder stays: for ever; while it is among the newest; until there is a newer one."""
+
+
+def prune(directory: Path, *, keep: int | None, retention: Callable[[Path], Retention]) -> list[Path]:
     """Remove superfluous numbered folders, and return what went. Called once the newest is durable; that one stays.
 
-    `ordinal` gives the how-manieth on its interval an iteration is, None for one off the interval. Of those on it the
-    newest `keep` stay and, uncounted, every `keep_every`-th; one off it stays while it is the newest. `keep` None keeps
-    all.
+    Of the regular ones the newest `keep` stay (None: all).
     """
-    if keep is None:
-        return []
-    ordinals = {path: ordinal(int(path.name)) for path in numbered_folders(directory)}
-    counted = [p for p, n in ordinals.items() if n is not None and not (keep_every and n % keep_every == 0)]
-    doomed = [p for p, n in list(ordinals.items())[:-1] if n is None or p in counted[:-keep]]
+    kinds = {path: retention(path) for path in numbered_folders(directory)}
+    regular = [path for path, kind in kinds.items() if kind == "regular"]
+    old = [] if keep is None else regular[:-keep]
+    doomed = [path for path, kind in list(kinds.items())[:-1] if kind == "ephemeral" or path in old]
     for path in doomed:
         remove_folder(path)
     return doomed
@@ -190,16 +210,19 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
-def damage(folder: Path, *, checksums: bool) -> list[str]:
-    """What is wrong with a folder that `complete_or_absent` gave a manifest: one line a file, empty when it is whole."""
+def damage(folder: Path, *, checksums: bool, share: tuple[int, int] = (0, 1)) -> list[str]:
+    """What is wrong with a folder that `complete_or_absent` gave a manifest: one line a file, empty when it is whole.
+
+    With `share` (i, n) only every n-th file is looked at, from the i-th on.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{folder / MANIFEST} cannot be read ({error})"]
     problems = []
-    for name, (size, digest) in expected.items():
-        path = folder / name
+    for name in sorted(expected)[share[0] :: share[1]]:
+        (size, digest), path = expected[name], folder / name
         try:
             if path.stat().st_size != size:
                 problems.append(f"{path} has {path.stat().st_size:,} bytes where its manifest says {size:,}")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from modelyard.errors import UserError
-from modelyard.files import complete_or_absent, damage, numbered_folders, only_one, prune
+from modelyard.files import Retention, complete_or_absent, damage, numbered_folders, only_one, prune
 
 
 def make(folder: Path) -> None:
@@ -100,20 +100,23 @@ def test_prune_keeps_the_newest_and_the_permanent(tmp_path: Path) -> None:
     for name in (10, 20, 30, 40, 50):
         make(tmp_path / str(name))
 
-    def tenth(iteration: int) -> int | None:
-        return None if iteration % 10 else iteration // 10
+    def kinds(folder: Path) -> Retention:
+        iteration = int(folder.name)
+        return "ephemeral" if iteration % 10 else "permanent" if iteration % 20 == 0 else "regular"
 
-    assert prune(tmp_path, keep=None, keep_every=None, ordinal=tenth) == []
-    gone = prune(tmp_path, keep=2, keep_every=2, ordinal=tenth)
+    assert prune(tmp_path, keep=None, retention=kinds) == []
+    gone = prune(tmp_path, keep=2, retention=kinds)
     assert [p.name for p in gone] == ["10"]
     assert [p.name for p in numbered_folders(tmp_path)] == ["20", "30", "40", "50"]
-    make(tmp_path / "53")  # off the interval: not counted, stays while it is the newest
-    assert prune(tmp_path, keep=2, keep_every=2, ordinal=tenth) == []
+    make(tmp_path / "53")  # not counted, stays while it is the newest
+    assert prune(tmp_path, keep=2, retention=kinds) == []
+    make(tmp_path / "57")
+    assert [p.name for p in prune(tmp_path, keep=None, retention=kinds)] == ["53"]
     make(tmp_path / "60")
-    assert [p.name for p in prune(tmp_path, keep=2, keep_every=2, ordinal=tenth)] == ["53"]
-    prune(tmp_path, keep=1, keep_every=None, ordinal=tenth)
+    assert [p.name for p in prune(tmp_path, keep=2, retention=kinds)] == ["57"]
+    prune(tmp_path, keep=1, retention=lambda _: "regular")
     assert [p.name for p in numbered_folders(tmp_path)] == ["60"]
-    assert prune(tmp_path / "nothing", keep=1, keep_every=None, ordinal=tenth) == []
+    assert prune(tmp_path / "nothing", keep=1, retention=kinds) == []
 
 
 def test_only_one_process_holds_the_lock(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 RotaryType = Literal["none", "default", "llama3", "yarn"]
 NormType = Literal["rms_norm", "layer_norm"]
@@ -145,3 +146,8 @@ class Architecture:
             window = min(self.window_of(layer) or sequence_length, sequence_length)
             keys += window - window * window / (2 * sequence_length) if causal else window
         return round(12 * self.num_attention_heads * self.head_size * keys)
+
+
+def architecture_from(fields: Mapping[str, Any]) -> Architecture:
+    """The shape that `dataclasses.asdict` made `fields` of."""
+    return Architecture(**{**fields, "rotary": Rotary(**fields["rotary"])})

@@ -29,9 +29,12 @@ def saves(config: TrainConfig, section: CheckpointConfig | ExportConfig) -> tupl
     last = config.training.train_iters
     if last == 0:
         return 0, 0
+    ephemeral = section.ephemeral_interval if isinstance(section, CheckpointConfig) else None
+    # An old one goes only when the new one is complete; what is counted for them below has room for the last.
+    short_lived, short_lived_kept = (last // ephemeral, min(2, last // ephemeral)) if ephemeral else (0, 0)
     if section.interval is None:
         at_the_end = int(isinstance(section, CheckpointConfig))
-        return at_the_end, at_the_end
+        return short_lived + at_the_end, short_lived_kept + at_the_end
     first = section.offset % section.interval or section.interval
     on_interval = (last - first) // section.interval + 1 if last >= first else 0
     final = not section.due(last)
@@ -40,7 +43,7 @@ def saves(config: TrainConfig, section: CheckpointConfig | ExportConfig) -> tupl
         for_ever = on_interval // section.keep_every if section.keep_every else 0
         # One more than `keep`: an old one goes only when the new one is complete.
         kept = min(on_interval, section.keep + for_ever + 1)
-    return on_interval + final, kept + final
+    return on_interval + short_lived + final, kept + short_lived_kept + final
 
 
 def run_bytes(config: TrainConfig, architecture: Architecture) -> int:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from modelyard.config.architecture import Architecture
 from modelyard.config.document import Document, KeyPath
-from modelyard.config.huggingface import FAMILIES, read_architecture
+from modelyard.config.huggingface import FAMILIES, can_export
 from modelyard.config.model import base_model_of
 from modelyard.config.presets import preset
+from modelyard.config.pretrained import has_shape, is_checkpoint, read_shape
 from modelyard.errors import UserError, missing_path
 
 BASE_MODEL: KeyPath = ("model", "base_model")
@@ -34,30 +35,37 @@ def starting_point(
     if not _wants_pretrained(document):
         return base, None, warnings
     folder, origin = Path(path).expanduser(), document.origin(("pretrained", "path"))
-    if not (folder / "config.json").exists():
+    if not has_shape(folder):
         missing = folder / "config.json" if folder.exists() else folder
         return base, None, [f"{origin}: pretrained.path: {missing_path(missing)}"]
     try:
-        architecture, family = read_architecture(folder)
+        architecture, family = read_shape(folder)
         values = base_model_of(architecture)
     except (UserError, ValueError) as error:
         problems += [f"{origin}: pretrained.path: {problem}" for problem in str(error).splitlines()]
         return base, None, warnings
     wanted = document.get(("pretrained", "format"), "auto")
-    if isinstance(wanted, str) and wanted in FAMILIES and wanted != family:
+    if isinstance(wanted, str) and wanted in FAMILIES and is_checkpoint(folder):
+        if reason := can_export(architecture, wanted):  # a checkpoint is of no family; it may fit several
+            problems.append(
+                f"{document.origin(('pretrained', 'format'))}: pretrained.format is {wanted}, which the checkpoint {folder} "
+                f"does not fit ({reason}); write format: auto"
+            )
+    elif isinstance(wanted, str) and wanted in FAMILIES and wanted != family:
         problems.append(
             f"{document.origin(('pretrained', 'format'))}: pretrained.format is {wanted}, but {folder}/config.json "
             f"says {family}; write format: {family}"
         )
-    if document.get(("pretrained", "model_weights"), True) is True and not any(folder.glob("*.safetensors")):
-        warnings.append(f"{origin}: pretrained.path: {folder} has no weights (*.safetensors)")
+    stored = "*.distcp" if is_checkpoint(folder) else "*.safetensors"
+    if document.get(("pretrained", "model_weights"), True) is True and not any(folder.glob(stored)):
+        warnings.append(f"{origin}: pretrained.path: {folder} has no weights ({stored})")
     if isinstance(name, str) and base.get(BASE_MODEL) != values:
         origin_of_preset = document.origin(("model", "preset"))
         warnings.append(
             f"{origin_of_preset}: model.preset {name} has no effect: the shape is that of pretrained.path {folder}"
         )
     from_folder = Document({}, {}, document.name)
-    from_folder.put(BASE_MODEL, values, str(folder / "config.json"))
+    from_folder.put(BASE_MODEL, values, str(folder / ("state.json" if is_checkpoint(folder) else "config.json")))
     base.merge(from_folder)
     return base, architecture, warnings
 

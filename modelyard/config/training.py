@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from modelyard.config.base import DataType, Section
+from modelyard.files import Retention
 
 ExportFormat = Literal["llama", "qwen2", "mistral", "starcoder2"]
 OnError = Literal["stop", "continue"]
@@ -29,6 +30,22 @@ class IntervalConfig(Section):
         if self.interval is None or (iteration - self.offset) % self.interval:
             return None
         return (iteration - self.offset % self.interval) // self.interval + bool(self.offset % self.interval)
+
+
+class KeptConfig(IntervalConfig):
+    """Numbered folders that are written at intervals, of which some stay."""
+
+    keep: int | None = Field(default=None, gt=0)
+    """How many of the newest on the interval stay; null: all."""
+    keep_every: int | None = Field(default=None, gt=0)
+    """Those whose number is a multiple of this stay for ever (every n-th save); null: none."""
+
+    def retention(self, iteration: int) -> Retention:
+        """How long the folder of this iteration stays."""
+        number = self.ordinal(iteration)
+        if number is None:
+            return "ephemeral"
+        return "permanent" if self.keep_every and number % self.keep_every == 0 else "regular"
 
 
 class LogsConfig(IntervalConfig):
@@ -144,7 +161,7 @@ class EvaluatorConfig(IntervalConfig):
         return {"type": "loss", **value} if isinstance(value, dict) else value
 
 
-class CheckpointConfig(IntervalConfig):
+class CheckpointConfig(KeptConfig):
     """What a stopped run goes on from: weights, optimizer state, position in the data. Saved once more at the end."""
 
     interval: int | None = Field(default=None, gt=0)
@@ -154,12 +171,26 @@ class CheckpointConfig(IntervalConfig):
     a run that was stopped or has ended) goes once there is a newer one."""
     keep_every: int | None = Field(default=None, gt=0)
     """Checkpoints whose number is a multiple of this stay for ever, in checkpoints (every n-th save); null: none."""
+    ephemeral_interval: int | None = Field(default=None, gt=0)
+    """Every how many iterations a short-lived checkpoint is saved beside those of `interval`, so that less is lost when a
+    run is killed: it goes once there is a newer one of any kind. null: none."""
+    asynchronous: bool = True
+    """Whether training goes on while a checkpoint is written, and waits for its copy in memory alone. On a CPU the copy
+    takes as much memory again as weights and optimizer state, until it is written."""
+    checksums: Literal["auto"] | bool = "auto"
+    """Whether the files of a checkpoint that a run goes on from are compared with their checksums, by all processes
+    together, or only their sizes. auto: up to 4 GiB."""
     on_error: OnError = "stop"
     """What a save that fails (a full disk) does: stop the run, or continue and save at the next interval. The checkpoint
     before stays in both; a run whose last save fails ends with a non-zero exit status."""
 
+    def wanted(self, iteration: int) -> bool:
+        """Whether a checkpoint of either kind is saved after `iteration`."""
+        ephemeral = self.ephemeral_interval
+        return self.due(iteration) or bool(ephemeral and iteration % ephemeral == 0)
 
-class ExportConfig(IntervalConfig):
+
+class ExportConfig(KeptConfig):
     """A Hugging Face folder in EXPERIMENT_DIR/export/<format>/<iteration>/, also once at the end."""
 
     keep: int | None = Field(default=None, gt=0)

@@ -74,22 +74,22 @@ class Mesh:
         return self.place("pipeline") == 0 and self.place("tensor") == 0
 
     def total(
-        self, loss: Tensor | float, square: Tensor | float, targets: int, *, stop: bool = False
+        self, loss: Tensor | float, square: Tensor | float, targets: int, *, notice: bool = False
     ) -> tuple[float, float, int, bool]:
         """The sums over all processes of a step's loss, squared gradient and trained tokens, in one message.
 
         `loss` counts where `has_loss`, `targets` where `has_tokens`; `square` is already each process's own share. Last:
-        whether `stop` is so for any process.
+        whether `notice` is so for any process.
         """
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         sums[0] += loss if self.has_loss else 0.0
         sums[1] += square
         sums[2] += targets if self.has_tokens else 0
-        sums[3] += stop
+        sums[3] += notice
         if self.is_distributed:
             dist.all_reduce(sums)
-        total_loss, total_square, total_targets, stops = sums.tolist()
-        return total_loss, total_square, round(total_targets), stops > 0
+        total_loss, total_square, total_targets, notices = sums.tolist()
+        return total_loss, total_square, round(total_targets), notices > 0
 
 
 def alone(device: torch.device | str = "cpu") -> Mesh:

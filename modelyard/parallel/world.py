@@ -40,10 +40,13 @@ QUIET = 10.0
 class World:
     """The processes of a job as equals that have to do the same; alone, every question is answered at once."""
 
-    def __init__(self, number: int = 0, size: int = 1, group: Any = None):
+    def __init__(self, number: int = 0, size: int = 1, group: Any = None, patience: float = PATIENCE):
         self.rank, self.size = number, size
         self.group: dist.ProcessGroup | None = group
         """For what is said between hosts; None alone."""
+        self.patience = patience
+        """Seconds that one of them may take to answer."""
+        self._twins: list[World] = []
         self.messages = 0
         """Exchanged so far: a sign of life."""
         self.agreed: BaseException | None = None
@@ -58,6 +61,19 @@ class World:
     def is_alone(self) -> bool:
         """Whether there is nobody to ask: a process that torchrun did not start."""
         return self.group is None
+
+    def twin(self) -> World:
+        """The same processes over a group of its own, for a thread beside this one. All must call it alike."""
+        if self.group is None:
+            return World()
+        twin = World(self.rank, self.size, _group(self.patience), self.patience)
+        self._twins.append(twin)
+        return twin
+
+    def part(self) -> None:
+        """Let go of the groups, before they are destroyed."""
+        for world in (self, *self._twins):
+            world.group = None
 
     def tell(self, value: T) -> T:
         """What the main process passes; what the others pass is not looked at."""
@@ -157,7 +173,7 @@ def connected(*, backend: str, timeout: float, traces: Path) -> Iterator[World]:
 
 def _part(world: World) -> None:
     # Nobody may hold a group when the interpreter ends: its threads would outlive what they need.
-    world.group = None
+    world.part()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -233,6 +249,9 @@ def _say_what_is_waited_for(timeout: float) -> None:
 
 
 def _world(timeout: float) -> World:
-    patience = timedelta(seconds=max(10 * timeout, PATIENCE))
-    group = dist.new_group(backend="gloo", timeout=patience)
-    return World(dist.get_rank(), dist.get_world_size(), group)
+    patience = max(10 * timeout, PATIENCE)
+    return World(dist.get_rank(), dist.get_world_size(), _group(patience), patience)
+
+
+def _group(patience: float) -> Any:
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))

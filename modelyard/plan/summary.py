@@ -100,7 +100,7 @@ def _training_blocks(
     config, architecture = loaded.train, loaded.architecture
     blocks = [("model", _table(_model_rows(config, architecture)))]
     if config.pretrained is not None and config.pretrained.model_weights:
-        problems += weight_problems(config.pretrained.path)
+        problems += unreadable_weights(config.pretrained.path)
     blocks.append(("batch", _table(_batch_rows(config))))
     blocks.append(("layout", _table(_layout_rows(loaded, processes, problems))))
     blocks.append(("data", _table(_data_rows(config, architecture, problems, warnings))))

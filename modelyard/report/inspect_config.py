@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modelyard.config.loader import Loaded
+from modelyard.config.pretrained import model_tokenizer
 from modelyard.config.train import TrainConfig
 from modelyard.config.training import LossEvaluatorConfig
 from modelyard.data.datasets import IndexedDataset, RandomTokens, stores
@@ -394,10 +395,11 @@ def _check_tokenizers(config: TrainConfig, parts: Sequence[_Part], inspection: I
     if config.pretrained is None:
         return
     model = Path(config.pretrained.path).expanduser()
-    if reason := tokenizer_difference(first / "tokenizer", model):
+    theirs = model_tokenizer(model)
+    if reason := tokenizer_difference(first / "tokenizer", theirs):
         line = (
             f"{first} was made with another tokenizer than {model} has ({reason}): prepare the data with "
-            f"tokenizer.path: {model}"
+            f"tokenizer.path: {theirs}"
         )
         # A shape alone has learned no tokens.
         (inspection.fault if config.pretrained.model_weights else inspection.warn)(line)

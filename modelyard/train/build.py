@@ -12,6 +12,7 @@ import torch
 from modelyard.config.architecture import Architecture
 from modelyard.config.layout import splits_backward
 from modelyard.config.model import BaseModelConfig, init_limits
+from modelyard.config.pretrained import is_checkpoint
 from modelyard.config.train import TrainConfig
 from modelyard.data.stream import DataStream
 from modelyard.errors import UserError
@@ -19,6 +20,7 @@ from modelyard.model.decoder import Decoder
 from modelyard.model.formats import WeightSource, fit_problems, load_weights, open_huggingface
 from modelyard.model.init import InitStd, initialize
 from modelyard.parallel.apply import Fill, Write
+from modelyard.train.checkpoint import Checkpoint
 from modelyard.train.step import LossOptions
 
 
@@ -58,7 +60,10 @@ def first_weights(architecture: Architecture, config: TrainConfig) -> tuple[Fill
     """
     pretrained = config.pretrained
     if pretrained is not None and pretrained.model_weights:
-        source = open_huggingface(Path(pretrained.path)).weights
+        folder = Path(pretrained.path)
+        source: WeightSource = (
+            Checkpoint(folder) if is_checkpoint(folder) else open_huggingface(folder).weights
+        )
         return stored_weights(source, architecture, pretrained.path), f"weights from {pretrained.path}"
     transformer = config.model.base_model.transformer
     seed = config.model.distributed.seed

@@ -6,6 +6,7 @@
     state.json            iteration, optimizer steps, tokens, data position, seeds, versions, architecture
     config.yaml           the resolved config
     manifest.json         size and sha256 of every file
+    permanent, ephemeral  an empty file of this name says that the checkpoint stays for ever, or until there is a newer one
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -26,13 +27,26 @@ from torch.distributed.checkpoint import SavePlan, SavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from modelyard.config.architecture import Architecture, Rotary
+from modelyard.config.architecture import Architecture, architecture_from
 from modelyard.errors import UserError, missing_path
-from modelyard.files import CHECKSUM_LIMIT, complete_or_absent, damage, numbered_folders, write_json
+from modelyard.files import (
+    CHECKSUM_LIMIT,
+    Facts,
+    Retention,
+    complete_or_absent,
+    damage,
+    numbered_folders,
+    synced_facts,
+    unfinished,
+    write_json,
+)
 from modelyard.parallel.world import World
 from modelyard.train.torch_private import SafeFileSystemReader
 
 FORMAT_VERSION = 1
+
+# Said of every call with no_dist. Once and for all: a change of filters around a call is no matter of one thread.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def save_checkpoint(
@@ -42,36 +56,53 @@ def save_checkpoint(
     moments: Mapping[str, torch.Tensor],
     state: dict[str, Any],
     config: dict[str, Any],
+    retention: Retention = "regular",
     world: World | None = None,
 ) -> None:
     """Write a checkpoint that appears at `folder` only once it is complete and durable.
 
     Of several processes (`world`) each gives its parts of the tensors, as DTensors, and all must call this; the folder is
-    the same as one process writes, but for the number of its files. What goes wrong in one is raised in all.
+    the same as one process writes, but for the number of its files. Each syncs and sums up the files that it wrote. What
+    goes wrong in one is raised in all.
     """
     world = world or World()
-    with _one_folder(folder, world) as temporary:
-        tensors = {f"model.{name}": p.detach() for name, p in parameters.items()}
-        tensors |= {f"optimizer.{name}": moment for name, moment in moments.items()}
-        with _plain_errors():
-            writer = _Writer(str(temporary), sync_files=False)
-            dcp.save(tensors, storage_writer=writer, process_group=world.group, no_dist=world.is_alone)
-        if world.is_main:
-            write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, **state})
-            text = yaml.safe_dump(config, sort_keys=False)
-            (temporary / "config.yaml").write_text(text, encoding="utf-8")
+    known: Facts = {}
+    with _one_folder(folder, world, known) as temporary:
+        with world.together():
+            tensors = {f"model.{name}": p.detach() for name, p in parameters.items()}
+            tensors |= {f"optimizer.{name}": moment for name, moment in moments.items()}
+            with _plain_errors():
+                writer = _Writer(str(temporary), sync_files=False)
+                dcp.save(tensors, storage_writer=writer, process_group=world.group, no_dist=world.is_alone)
+        with world.together():
+            # The names that torch gives to what a rank writes.
+            facts = synced_facts(sorted(temporary.glob(f"__{world.rank}_*.distcp")), temporary)
+        for part in world.gather(facts):
+            known |= part
+        with world.together():
+            if world.is_main:
+                write_json(temporary / "state.json", {"format_version": FORMAT_VERSION, **state})
+                text = yaml.safe_dump(config, sort_keys=False)
+                (temporary / "config.yaml").write_text(text, encoding="utf-8")
+                if retention != "regular":
+                    (temporary / retention).touch()
+
+
+def marked_retention(folder: Path) -> Retention:
+    """How long the checkpoint stays, as was said when it was saved: intervals may have changed since."""
+    marks: tuple[Retention, ...] = ("permanent", "ephemeral")
+    return next((mark for mark in marks if (folder / mark).exists()), "regular")
 
 
 @contextmanager
-def _one_folder(folder: Path, world: World) -> Iterator[Path]:
+def _one_folder(folder: Path, world: World, known: Facts) -> Iterator[Path]:
     """`complete_or_absent` in the main process; the others write into what it made, and go on when it is complete."""
     with ExitStack() as stack:
         with world.together():
-            temporary = folder.with_name(folder.name + ".tmp")
+            temporary = unfinished(folder)
             if world.is_main:
-                temporary = stack.enter_context(complete_or_absent(folder, manifest=True))
-        with world.together():
-            yield temporary
+                temporary = stack.enter_context(complete_or_absent(folder, manifest=True, known=known))
+        yield temporary
         with world.together():
             stack.close()
 
@@ -94,9 +125,7 @@ class _Writer(dcp.FileSystemWriter):
 def _plain_errors() -> Iterator[None]:
     """Around calls of torch's distributed checkpoint, which wraps whatever happens: the first error comes out as it is."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            yield
+        yield
     except CheckpointException as failure:
         for error, _ in failure.failures.values():
             raise error from None
@@ -130,8 +159,7 @@ class Checkpoint:
     @staticmethod
     def problems(folder: Path) -> list[str]:
         """What is wrong with the folder's files; empty when it can be used."""
-        size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-        return damage(folder, checksums=size <= CHECKSUM_LIMIT)
+        return damage(folder, checksums=_compared(folder, "auto"))
 
     @property
     def iteration(self) -> int:
@@ -191,11 +219,6 @@ class Checkpoint:
         return tensor
 
 
-def architecture_from(fields: Mapping[str, Any]) -> Architecture:
-    """The shape that `dataclasses.asdict` made `fields` of."""
-    return Architecture(**{**fields, "rotary": Rotary(**fields["rotary"])})
-
-
 def open_checkpoint(path: Path) -> Checkpoint | None:
     """The checkpoint that `path` names: a checkpoint folder, or the newest whole one of an experiment; None when it is
     neither. A damaged one that is passed over is named on standard error. Raises UserError where all that is there is
@@ -218,12 +241,30 @@ def open_checkpoint(path: Path) -> Checkpoint | None:
     return None
 
 
-def newest_usable(directory: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
-    """The newest checkpoint whose files are whole, and what is wrong with each newer one that is not."""
+def newest_usable(
+    directory: Path, *, checksums: bool | Literal["auto"] = "auto", world: World | None = None
+) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint whose files are whole, and what is wrong with each newer one that is not.
+
+    Processes (`world`) look at a share of the files each, and have the same answer.
+    """
+    world = world or World()
     damaged: dict[Path, str] = {}
-    for folder in reversed(numbered_folders(directory)):
-        if problems := Checkpoint.problems(folder):
+    for folder, compared in world.tell(
+        [(folder, _compared(folder, checksums)) for folder in reversed(numbered_folders(directory))]
+        if world.is_main
+        else []
+    ):
+        found = damage(folder, checksums=compared, share=(world.rank, world.size))
+        if problems := [line for lines in world.gather(found) for line in lines]:
             damaged[folder] = problems[0]
         else:
-            return Checkpoint(folder, verify=False), damaged
+            return folder, damaged
     return None, damaged
+
+
+def _compared(folder: Path, checksums: bool | Literal["auto"]) -> bool:
+    """Whether the folder's checksums are compared, or only sizes."""
+    if checksums != "auto":
+        return checksums
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) <= CHECKSUM_LIMIT

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from modelyard.config.pretrained import model_tokenizer
 from modelyard.config.train import TrainConfig
 from modelyard.data.datasets import stores
 from modelyard.data.store import TokenStore
@@ -53,9 +54,10 @@ def foreign_tokenizers(config: TrainConfig, read: Sequence[TokenStore]) -> list[
             )
     if config.pretrained is not None and config.pretrained.model_weights:
         model = Path(config.pretrained.path).expanduser()
-        if reason := tokenizer_difference(first, model):
+        theirs = model_tokenizer(model)
+        if reason := tokenizer_difference(first, theirs):
             problems.append(
                 f"pretrained.path: the model in {model} has another tokenizer than the one that {first.parent} was "
-                f"prepared with ({reason}); prepare the data with tokenizer.path: {model}"
+                f"prepared with ({reason}); prepare the data with tokenizer.path: {theirs}"
             )
     return problems

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 
 import modelyard
-from modelyard.config.architecture import Architecture
+from modelyard.config.architecture import Architecture, architecture_from
 from modelyard.config.layout import Layout
 from modelyard.config.train import TrainConfig
 from modelyard.errors import UserError
 from modelyard.files import replace_text
 from modelyard.plan.layout import layout_line
-from modelyard.train.checkpoint import architecture_from
 from modelyard.train.resume import run_differences
 
 # Any of these makes a folder one that a run has been in.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from modelyard.config.architecture import Architecture
-from modelyard.config.huggingface import FAMILIES, can_export, read_config
+from modelyard.config.huggingface import read_config
+from modelyard.config.pretrained import model_tokenizer, natural_family, reference_folder
 from modelyard.config.train import TrainConfig
 from modelyard.errors import UserError, missing_path
 from modelyard.files import numbered_folders
@@ -102,7 +103,7 @@ def export_weights(
                 family=export.format,
                 dtype=DTYPES[export.data_type],
                 tokenizer_folder=tokenizer_folder,
-                reference_folder=Path(config.pretrained.path) if config.pretrained else None,
+                reference_folder=reference_folder(Path(config.pretrained.path)) if config.pretrained else None,
                 sequence_length=config.batch.sequence_length,
                 replace=True,
             )
@@ -120,6 +121,8 @@ class OpenModel:
     folder: Path
     is_huggingface: bool
     tokenizer_folder: Path | None
+    reference_folder: Path | None
+    """Whose config.json and generation config an export carries along."""
 
 
 def open_model(path: Path) -> OpenModel:
@@ -134,18 +137,21 @@ def open_model(path: Path) -> OpenModel:
         if "modelyard_version" in read_config(path):
             raise UserError(f"{path} is the folder of a run that has no checkpoint yet")
         model = open_huggingface(path)
-        return OpenModel(model.weights, model.architecture, model.family, path, True, path)
+        return OpenModel(model.weights, model.architecture, model.family, path, True, path, path)
     checkpoint = open_checkpoint(path)
     if checkpoint is None:
         raise UserError(f"{path} holds neither a Hugging Face model (config.json) nor a checkpoint")
-    tokenizer = checkpoint.folder.parent.parent / "tokenizer"
+    tokenizer = model_tokenizer(checkpoint.folder)
+    # An average says its family; it may come from folders that had no config of ours.
+    family = checkpoint.state.get("family") or checkpoint.config["training"]["export"]["format"]
     return OpenModel(
         checkpoint,
         checkpoint.architecture,
-        checkpoint.config["training"]["export"]["format"] or natural_family(checkpoint.architecture),
+        family or natural_family(checkpoint.architecture),
         checkpoint.folder,
         False,
         tokenizer if tokenizer.is_dir() else None,
+        reference_folder(checkpoint.folder),
     )
 
 
@@ -161,11 +167,6 @@ def named_tokenizer(folder: Path | None) -> Path | None:
     if not any((folder / name).is_file() for name in files):
         raise UserError(f"--tokenizer: {folder} holds no tokenizer (none of {', '.join(files)})")
     return folder
-
-
-def natural_family(architecture: Architecture) -> str:
-    """The Hugging Face family that holds this shape."""
-    return next((family for family in FAMILIES if can_export(architecture, family) is None), "llama")
 
 
 def convert(
@@ -187,7 +188,7 @@ def convert(
         family=family or model.family,
         dtype=DTYPES[dtype] if dtype else default,
         tokenizer_folder=tokenizer_folder or model.tokenizer_folder,
-        reference_folder=model.folder if model.is_huggingface else None,
+        reference_folder=model.reference_folder,
     )
     which = f"iteration {model.weights.iteration}, " if isinstance(model.weights, Checkpoint) else ""
     print(f"wrote {destination} ({which}from {model.folder})")

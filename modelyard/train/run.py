@@ -16,7 +16,7 @@ from modelyard.files import only_one
 from modelyard.launch.process import keep_output
 from modelyard.parallel.world import World, connected
 from modelyard.train.announce import announce, farewell, say_end, say_start
-from modelyard.train.checkpoint import newest_usable
+from modelyard.train.checkpoint import Checkpoint, newest_usable
 from modelyard.train.console import Console
 from modelyard.train.experiment import refuse_foreign_folder, write_description
 from modelyard.train.failure import Watch, lost_contact, on_its_own
@@ -64,10 +64,10 @@ def _check(loaded: Loaded, *, force: bool) -> Architecture:
     config, architecture = loaded.train, loaded.architecture
     if architecture is None:
         # The pretrained folder is gone. It is read once: a run that has a checkpoint does not need it.
-        checkpoint, _ = newest_usable(config.run.experiment_dir / "checkpoint")
-        if checkpoint is None:
+        usable, _ = newest_usable(config.run.experiment_dir / "checkpoint")
+        if usable is None:
             raise UserError(*loaded.warnings)
-        architecture = checkpoint.architecture
+        architecture = Checkpoint(usable, verify=False).architecture
     if problem := disk_problem(config, architecture):
         raise UserError(problem)
     require_wandb(config)
@@ -180,13 +180,14 @@ def _train(run: Run, remarks: list[str]) -> int:
         except BaseException as error:
             if world.is_alone and isinstance(error, UserError) and run.progress.iteration:
                 with suppress(RunFailed):  # data that cannot be read: what was trained until here is kept
-                    run.save()
+                    run.save(wait=True)
             lost = lost_contact(error)
             text = str(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"
             text = text if lost is None else f"lost contact: {lost}"
             events.add("failed", run.progress.iteration, text, say=False)
             raise
         finally:
+            run.saver.wait()  # whatever happened here, what was copied is whole
             if wandb_run is not None:
                 wandb_run.finish(status)
 
@@ -235,7 +236,7 @@ def _loop(run: Run, log: MetricsLog | NoMetrics) -> int:
             if run.stop.word:
                 console.line(run.stop.word)
             run.clock("checkpoint")
-            run.save()
+            run.save(wait=True)
             text = f"stopped after iteration {progress.iteration}"
             text += "; the same command goes on from there" if run.saved else ", which is not saved"
             say_end(run, "stopped", text, signal=run.stop.signum)
@@ -274,9 +275,10 @@ def _side_work(
     The checkpoint comes first, so that nothing that goes wrong in the others costs it.
     """
     training, iteration, clock = run.config.training, run.progress.iteration, run.clock
-    if iteration and (training.checkpoint.due(iteration) or run.finished):
+    leaving = run.finished or training.shutdown.due(iteration)
+    if iteration and (training.checkpoint.wanted(iteration) or run.finished):
         clock("checkpoint")
-        run.save()
+        run.save(wait=leaving)
     for name, entry in training.evaluators.items():
         if (entry.due(iteration) or (run.finished and entry.interval)) and name not in done:
             clock("evaluation")

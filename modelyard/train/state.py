@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
-import os
-import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 import modelyard
 from modelyard.config.architecture import Architecture
-from modelyard.config.disk import checkpoint_bytes, export_bytes, size
+from modelyard.config.disk import checkpoint_bytes, export_bytes
 from modelyard.config.layout import layout_of
 from modelyard.config.scales import rate_scales
 from modelyard.config.train import TrainConfig
-from modelyard.config.training import CheckpointConfig, ExportConfig, OnError
 from modelyard.data.stream import ids_outside_vocabulary, prefetched
 from modelyard.errors import RunFailed, UserError
 from modelyard.files import (
-    DISK_FULL,
     complete_or_absent,
     numbered_folders,
     prune,
     set_aside,
     sync,
-    what_is_full,
 )
 from modelyard.model.decoder import Decoder
 from modelyard.model.formats.tokenizer_files import copy_tokenizer
@@ -48,16 +41,18 @@ from modelyard.train.build import (
     open_stream,
     tokenizer_folder,
 )
-from modelyard.train.checkpoint import Checkpoint, newest_usable, save_checkpoint
+from modelyard.train.checkpoint import Checkpoint, marked_retention, newest_usable, save_checkpoint
 from modelyard.train.console import Console
 from modelyard.train.data_check import damaged_data, foreign_tokenizers, stores_read
 from modelyard.train.evaluators import Evaluators
 from modelyard.train.events import EventLog
 from modelyard.train.experiment import another_run
+from modelyard.train.folders import NumberedFolders, refuse_without_room
 from modelyard.train.optimizer import MOMENTS, Optimizer
 from modelyard.train.phases import PhaseClock
 from modelyard.train.profiling import Profiler
 from modelyard.train.resume import refuse_changes
+from modelyard.train.saving import Saver, host_copies
 from modelyard.train.schedule import learning_rate
 from modelyard.train.signals import StopSignal
 from modelyard.train.step import StepResult, train_step
@@ -73,9 +68,22 @@ class Progress:
     """Positions consumed, padding included."""
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    failed_saves: int = 0
+    """Checkpoints that could not be written, since the beginning."""
     loss_sum: float = 0.0
     """Of the steps since the last training record that were not skipped; with `loss_count` the record's `loss_mean`."""
     loss_count: int = 0
+
+
+@dataclass
+class Save:
+    """A checkpoint on its way."""
+
+    iteration: int
+    seconds: float = 0.0
+    """From the beginning until it was durable."""
+    waited: float = 0.0
+    """Of these training stood still."""
 
 
 class Run:
@@ -104,14 +112,21 @@ class Run:
         self.events = EventLog(console, kept=self.world.is_main)
         self.clock = PhaseClock(self.device)
         self.profiler = Profiler(config, self.device, console.line, self.world)
+        self.folders = NumberedFolders(self.folder, self.world, self.events)
         self.forced: list[str] = []
         """What was gone on from all the same, because of --force."""
         found = None
         with self.world.together():
             layout = layout_of(config, self.world.size)
             self._open_data()
+            self._check_data(force=force)
+        settings = config.training.checkpoint
+        usable, damaged = newest_usable(
+            self.folder / "checkpoint", checksums=settings.checksums, world=self.world
+        )
+        with self.world.together():
             if self.world.is_main:
-                found = self._starting_point(force=force)
+                found = self._starting_point(usable, damaged, force=force)
         # The main process alone judges what is on the disk; the others take what it takes.
         found, self.forced = self.world.tell((found, self.forced))
         checkpoint: Checkpoint | None = None
@@ -147,7 +162,9 @@ class Run:
             epsilon=optimizer.epsilon,
             scales=scales,
         )
+        self.saver = Saver(self.world, asynchronous=settings.asynchronous)
         self._saved: int | None = None
+        self._saving: Save | None = None
         if checkpoint is not None:
             with self.world.together():
                 self._restore(checkpoint)
@@ -166,25 +183,29 @@ class Run:
             world=self.world,
         )
 
-    def _starting_point(self, *, force: bool) -> Path | None:
-        """The folder of the checkpoint to go on from; None: from the beginning. Raises UserError where neither may be."""
-        config, architecture = self.config, self.architecture
+    def _check_data(self, *, force: bool) -> None:
+        if not self.world.is_main:
+            return
         streams = [self.stream, *self.evaluators.streams]
         read = stores_read(streams)
         if problems := damaged_data(read) + ids_outside_vocabulary(streams):
             raise UserError(*problems)
         for stream in streams:
             stream.describe()  # says what the first block shows: that no document fits in a row
-        foreign = foreign_tokenizers(config, read)
-        if foreign and not force:
-            raise UserError(*foreign, "with --force it is trained all the same")
+        self.forced = foreign_tokenizers(self.config, read)
+        if self.forced and not force:
+            raise UserError(*self.forced, "with --force it is trained all the same")
 
-        checkpoint, damaged = newest_usable(self.folder / "checkpoint")
+    def _starting_point(self, usable: Path | None, damaged: dict[Path, str], *, force: bool) -> Path | None:
+        """The folder of the checkpoint to go on from; None: from the beginning. Raises UserError where neither may be."""
+        config, architecture = self.config, self.architecture
+        checkpoint = None if usable is None else Checkpoint(usable, verify=False)
         if damaged and checkpoint is None and not force:
             raise UserError(
                 *damaged.values(),
                 f"every checkpoint in {self.folder / 'checkpoint'} is damaged; --force sets them aside and starts anew",
             )
+        foreign = self.forced
         if checkpoint is not None:
             self.forced = refuse_changes(
                 checkpoint, config, architecture, self.stream.fingerprint, force=force
@@ -213,7 +234,8 @@ class Run:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         moments = self.optimizer.moments()
-        parameters, parts = self._parts(moments, list(self.weights.master))
+        master = {name: parameter.detach() for name, parameter in self.weights.master.items()}
+        parameters, parts = self._parts(master, moments, list(master))
         checkpoint.load_into(
             {f"model.{name}": p for name, p in parameters.items()}
             | {f"optimizer.{name}": moment for name, moment in parts.items()}
@@ -225,7 +247,7 @@ class Run:
         self._saved = self.progress.iteration
 
     def _parts(
-        self, moments: dict[str, Tensor], names: list[str]
+        self, master: Mapping[str, Tensor], moments: Mapping[str, Tensor], names: list[str]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Parameters and moments of these names as a checkpoint takes them: this process's parts of whole tensors."""
         parts = self.parallel.parts
@@ -233,91 +255,107 @@ class Run:
         for moment in MOMENTS:
             found = parts({name: moments[f"{name}.{moment}"] for name in names})
             stored |= {f"{name}.{moment}": tensor for name, tensor in found.items()}
-        return parts({name: self.weights.master[name].detach() for name in names}), stored
+        return parts({name: master[name] for name in names}), stored
 
     @property
     def saved(self) -> bool:
         """Whether this iteration has its checkpoint."""
         return self._saved == self.progress.iteration
 
-    def save(self) -> None:
-        """Save a checkpoint of this iteration, unless it is there, then remove the ones it makes superfluous.
+    def save(self, *, wait: bool = False) -> None:
+        """Save a checkpoint of this iteration, unless it is there, and remove the ones that it makes superfluous.
 
-        Where that fails, the ones before stay; `training.checkpoint.on_error` says whether the run goes on.
+        Unless it is to `wait`, or `training.checkpoint.asynchronous` is off, only the copy in memory is done when this
+        returns, and `land` has the rest. One is on its way at a time.
         """
-        directory = self.folder / "checkpoint"
-        settings = self.config.training.checkpoint
-        destination = directory / str(self.progress.iteration)
-        if not self.saved:
-            needed = checkpoint_bytes(self.config, self.architecture)
-            begin = time.perf_counter()
-            try:
-                with self.world.together():
-                    if self.world.is_main:
-                        _refuse_without_room(directory, needed)
-                        # What was logged before this checkpoint is not logged again after it: it must be as durable.
-                        if (metrics := self.folder / "metrics.jsonl").exists():
-                            sync(metrics)
-                parameters, moments = self._parts(self.optimizer.moments(), self.parallel.own)
-                save_checkpoint(
-                    destination,
-                    parameters=parameters,
-                    moments=moments,
-                    state={
-                        "modelyard_version": modelyard.__version__,
-                        "torch_version": torch.__version__,
-                        "initialized_on": self.device.type,
-                        "progress": dataclasses.asdict(self.progress),
-                        "optimizer_steps": self.optimizer.steps,
-                        "architecture": dataclasses.asdict(self.architecture),
-                        "seed": self.config.model.distributed.seed,
-                        "data_fingerprint": self.stream.fingerprint,
-                        "data": self.stream.state_dict(),
-                    },
-                    config=self.config.model_dump(mode="json"),
-                    world=self.world,
-                )
-            except (UserError, OSError) as error:
-                before = numbered_folders(directory)
-                stays = f"checkpoint {before[-1]} stays" if before else "there is no earlier checkpoint"
-                self._failed_write("saved", error, directory, needed, settings.on_error, stays)
-                return
-            self._saved = self.progress.iteration
-            self._written("saved", destination, begin)
-        self._prune(directory, settings)
+        settings, directory = self.config.training.checkpoint, self.folder / "checkpoint"
+        if self._saving is None or self._saving.iteration != self.progress.iteration:
+            self.land()
+            if self.saved:
+                self.folders.prune(directory, settings, marked_retention)
+            else:
+                self._begin_save(wait=wait or not settings.asynchronous)
+        if wait or not settings.asynchronous:
+            self.land()
 
-    def _prune(self, directory: Path, settings: CheckpointConfig | ExportConfig) -> None:
-        with (
-            self.world.together()
-        ):  # the others wait here, where they may wait long, and not in their next step
-            if self.world.is_main:
-                prune(directory, keep=settings.keep, keep_every=settings.keep_every, ordinal=settings.ordinal)
+    def _begin_save(self, *, wait: bool) -> None:
+        directory, settings = self.folder / "checkpoint", self.config.training.checkpoint
+        begin, iteration = time.perf_counter(), self.progress.iteration
+        moments, names = self.optimizer.moments(), self.parallel.own
+        master = {name: self.weights.master[name].detach() for name in names}
+        if not wait:
+            master = host_copies(master)
+            keys = [f"{name}.{moment}" for name in names for moment in MOMENTS]
+            moments = host_copies({key: moments[key] for key in keys})
+        parameters, parts = self._parts(master, moments, names)
+        retention = settings.retention(iteration)
+        state = {
+            "modelyard_version": modelyard.__version__,
+            "torch_version": torch.__version__,
+            "initialized_on": self.device.type,
+            "processes": self.mesh.layout.world,
+            "layout": dataclasses.asdict(self.mesh.layout),
+            "micro_batch_size": self.config.batch.micro_rows(self.mesh.layout.data),
+            "progress": dataclasses.asdict(self.progress),
+            "optimizer_steps": self.optimizer.steps,
+            "architecture": dataclasses.asdict(self.architecture),
+            "seed": self.config.model.distributed.seed,
+            "data_fingerprint": self.stream.fingerprint,
+            "data": self.stream.state_dict(),
+        }
 
-    def _written(self, event: Literal["saved", "exported"], destination: Path, begin: float) -> None:
-        if not self.world.is_main:
+        def write(world: World) -> None:
+            with world.together():
+                if world.is_main:
+                    refuse_without_room(directory, checkpoint_bytes(self.config, self.architecture))
+                    # What was logged before this checkpoint is not logged again after it: it must be as durable.
+                    if (metrics := self.folder / "metrics.jsonl").exists():
+                        sync(metrics)
+            save_checkpoint(
+                directory / str(iteration),
+                parameters=parameters,
+                moments=parts,
+                state=state,
+                config=self.config.model_dump(mode="json"),
+                retention=retention,
+                world=world,
+            )
+            save.seconds = time.perf_counter() - begin
+            with (
+                world.together()
+            ):  # the others wait here, where they may wait long, and not in their next step
+                if world.is_main:
+                    prune(directory, keep=settings.keep, retention=marked_retention)
+
+        self._saving = save = Save(iteration)
+        self.saver.start(write, wait=wait)
+        save.waited = time.perf_counter() - begin
+
+    def land(self) -> None:
+        """Wait for the checkpoint that is on its way, if there is one, and say how it went; all processes alike.
+
+        Where it failed, the ones before stay; `training.checkpoint.on_error` says whether the run goes on.
+        """
+        if (save := self._saving) is None:
             return
-        seconds = time.perf_counter() - begin
-        size = sum(path.stat().st_size for path in destination.iterdir())
-        text = f"{event} {destination} in {seconds:.1f} s"
-        self.events.add(event, self.progress.iteration, text, seconds=round(seconds, 3), bytes=size)
-
-    def _failed_write(
-        self, verb: str, error: Exception, directory: Path, needed: int, on_error: OnError, stays: str
-    ) -> None:
-        """Say and keep that a checkpoint or export could not be written; raises RunFailed where that stops the run."""
-        cause = error if isinstance(error, OSError) else error.__cause__
-        free = shutil.disk_usage(self.folder).free
-        reason = str(error)
-        if isinstance(cause, OSError) and cause.errno in DISK_FULL:
-            room = f"{size(free)} free, " if cause.errno == errno.ENOSPC else ""
-            reason = f"{what_is_full(cause)} in {directory} ({room}{size(needed)} needed)"
-        text = f"iteration {self.progress.iteration} is not {verb}: {reason}; {stays}"
-        facts = {"free_bytes": free, "needed_bytes": needed, "folder": str(directory)}
-        self.events.add(
-            "save_failed", self.progress.iteration, f"warning: {text}", say=on_error == "continue", **facts
-        )
-        if on_error == "stop":
-            raise RunFailed(text)
+        begin = time.perf_counter()
+        directory, on_error = self.folder / "checkpoint", self.config.training.checkpoint.on_error
+        self._saving = None
+        try:
+            self.saver.finish()
+        except (UserError, OSError) as error:
+            self.progress.failed_saves += 1
+            before = numbered_folders(directory)
+            stays = f"checkpoint {before[-1]} stays" if before else "there is no earlier checkpoint"
+            if (count := self.progress.failed_saves) > 1:
+                stays += f"; {count} could not be saved so far"
+            needed = checkpoint_bytes(self.config, self.architecture)
+            destination = directory / str(save.iteration)
+            self.folders.failed("saved", destination, error, needed=needed, on_error=on_error, stays=stays)
+            return
+        self._saved = save.iteration
+        waited = save.waited + time.perf_counter() - begin
+        self.folders.written("saved", directory / str(save.iteration), save.seconds, waited)
 
     @property
     def export_folder(self) -> Path | None:
@@ -339,7 +377,7 @@ class Run:
             try:
                 with self.world.together():
                     if self.world.is_main:
-                        _refuse_without_room(directory, needed)
+                        refuse_without_room(directory, needed)
                 export_weights(
                     self.parallel,
                     destination,
@@ -349,10 +387,14 @@ class Run:
                 )
             except (UserError, OSError) as error:
                 stays = "checkpoints and earlier exports stay"
-                self._failed_write("exported", error, directory, needed, settings.on_error, stays)
+                self.folders.failed(
+                    "exported", destination, error, needed=needed, on_error=settings.on_error, stays=stays
+                )
                 return
-            self._written("exported", destination, begin)
-        self._prune(directory, settings)
+            seconds = time.perf_counter() - begin
+            self.folders.written("exported", destination, seconds, seconds)
+        if settings.keep is not None:
+            self.folders.prune(directory, settings, lambda path: settings.retention(int(path.name)))
 
     def keep_tokenizer(self) -> None:
         """Copy the data's tokenizer into the experiment, so that its checkpoints can be used without the data."""
@@ -386,13 +428,14 @@ class Run:
                         device=self.device,
                         mesh=mesh,
                         phase=clock,
-                        stop=lambda: self.stop.heard is not None,
+                        notice=lambda: self.stop.heard is not None or self.saver.ended,
                     )
                     clock("other")
                 self.progress.iteration += 1
                 self.progress.tokens += batch_config.tokens
-                if result.stop:
+                if result.notice:
                     self.stop.agree()
+                    self.land()
                 if result.skipped:
                     self._count_skip(result.skipped)
                 else:
@@ -413,6 +456,7 @@ class Run:
             f"({self.progress.skipped_in_a_row} in a row, the run stops at {limit})",
         )
         if self.progress.skipped_in_a_row >= limit:
+            self.land()
             before = numbered_folders(self.folder / "checkpoint")
             kept = f"checkpoint {before[-1]} is untouched" if before else "there is no checkpoint yet"
             raise RunFailed(
@@ -423,10 +467,3 @@ class Run:
 
 def _nothing_yet(model: Decoder, write: Write) -> None:
     """In place of first values, where a checkpoint is loaded later."""
-
-
-def _refuse_without_room(directory: Path, needed: int) -> None:
-    """Raise OSError before the disk is filled in vain."""
-    directory.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(directory).free < needed:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))

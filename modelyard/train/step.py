@@ -40,8 +40,8 @@ class StepResult:
     """Trained tokens."""
     skipped: str | None = None
     """Why the weights were left untouched; None when they were updated."""
-    stop: bool = False
-    """Whether any process was asked to stop."""
+    notice: bool = False
+    """Whether any process has something to say to all."""
 
 
 def micro_batches(batch: Batch, rows: int, device: torch.device) -> Iterator[Batch]:
@@ -137,15 +137,15 @@ def train_step(
     device: torch.device,
     mesh: Mesh | None = None,
     phase: Callable[[str], object] = untimed,
-    stop: Callable[[], bool] = lambda: False,
+    notice: Callable[[], bool] = lambda: False,
 ) -> StepResult:
     """Train on one global batch; `batch` is this process's share of it, `mesh` where the others are (None: none).
 
     The loss is the sum over the trained tokens of all micro-batches and processes, divided once by their number;
     gradients are summed in fp32 and divided once. A loss or gradient that is not finite leaves weights, moments and the step
     count as they were. `max_norm` 0 turns clipping off. `phase` is called with `forward`, `backward` or `optimizer` where
-    each begins; the gradients that the fused cross-entropy makes on its way belong to `forward`. `stop` says whether this
-    process was asked to stop; the step is done all the same.
+    each begins; the gradients that the fused cross-entropy makes on its way belong to `forward`. `notice` is asked whether this
+    process has something to say to all (that it was asked to stop); the step is done all the same.
     """
     mesh = mesh or alone(device)
     parts = list(micro_batches(batch, micro_batch_size, device))
@@ -157,8 +157,8 @@ def train_step(
     phase("optimizer")
     weights.finish_gradients()
     gradients = weights.gradients()
-    loss_total, square, targets, stopped = mesh.total(
-        loss, weights.square_norm(), batch.num_targets, stop=stop()
+    loss_total, square, targets, noticed = mesh.total(
+        loss, weights.square_norm(), batch.num_targets, notice=notice()
     )
     mean_loss = loss_total / max(targets, 1)
     grad_norm = math.sqrt(square) / max(targets, 1)
@@ -177,4 +177,4 @@ def train_step(
         optimizer.step(learning_rate)
         weights.publish()
     weights.zero_gradients()
-    return StepResult(mean_loss, grad_norm, targets, skipped, stopped)
+    return StepResult(mean_loss, grad_norm, targets, skipped, noticed)

@@ -54,9 +54,8 @@ def test_newest_whole_one_is_used(tmp_path: Path) -> None:
     save(tmp_path, 3)
     data = next(save(tmp_path, 6).glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:-1])
-    checkpoint, damaged = newest_usable(tmp_path)
-    assert checkpoint is not None
-    assert checkpoint.folder == tmp_path / "3"
+    usable, damaged = newest_usable(tmp_path)
+    assert usable == tmp_path / "3"
     assert list(damaged) == [tmp_path / "6"]
     with pytest.raises(UserError, match="bytes where its manifest says"):
         Checkpoint(tmp_path / "6")

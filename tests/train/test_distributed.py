@@ -104,7 +104,7 @@ def resave(*overrides: str) -> float:
     run = in_this_layout(*overrides)
     assert run.progress.iteration == 3
     run.progress.iteration = 4
-    run.save()
+    run.save(wait=True)
     assert run.saved
     run.export(replace=True)
     return loss_of(run)
@@ -130,6 +130,10 @@ def test_a_checkpoint_goes_from_one_process_to_a_layout_and_back(name: str) -> N
     assert exports[0] == exports[1]
     old, new = (json.loads(Path(f"run/checkpoint/{n}/state.json").read_text()) for n in (3, 4))
     assert new.pop("progress") == {**old.pop("progress"), "iteration": 4}
+    assert (old.pop("processes"), new.pop("processes")) == (1, processes)
+    for where in ("layout", "micro_batch_size"):
+        assert old.pop(where) is not None
+        assert new.pop(where) is not None
     assert new == old
     again = new_run(*keys)
     assert again.progress.iteration == 4

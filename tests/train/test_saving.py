@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("tiny")
 # 33,936 parameters: a checkpoint of 407,232 bytes and what describes it.
 WIDE = ("model.base_model.vocab_size=512", "model.base_model.transformer.hidden_size=48")
 NEEDED = 407_232
-KEYS = ("training.train_iters=6", "training.checkpoint={interval: 2, offset: 0, keep: 1}")
+KEYS = ("training.train_iters=6", "training.checkpoint={interval: 2, offset: 0, keep: 1, asynchronous: no}")
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_a_run_goes_on_over_a_full_disk_and_loses_no_record(
 ) -> None:
     """Full to the last byte from step 5 to 15: records wait once their last block is full, the checkpoint of 8 is given up."""
     at_step(monkeypatch, {5: lambda: fill(disk, free=0), 15: (disk / "ballast").unlink})
-    checkpoints = "training.checkpoint={interval: 4, offset: 0, keep: 1, on_error: continue}"
+    checkpoints = "training.checkpoint={interval: 4, offset: 0, keep: 1, on_error: continue, asynchronous: no}"
     keys = ("training.train_iters=16", checkpoints, *WIDE, "training.logs.tensorboard=yes")
     assert train(loaded(*keys, "run.experiment_dir=disk/run")) == 0
     out = capsys.readouterr().out
@@ -217,6 +217,6 @@ def test_no_checkpoint_is_claimed_where_there_is_none() -> None:
     with pytest.raises(RunFailed, match=r"there is no checkpoint yet$"):
         run._count_skip("the loss is nan")
     run.progress.iteration = 7
-    run.save()
+    run.save(wait=True)
     with pytest.raises(RunFailed, match=r"checkpoint run/checkpoint/7 is untouched$"):
         run._count_skip("the loss is nan")
