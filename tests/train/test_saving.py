@@ -1,222 +1,265 @@
-"""No space left: a line, the checkpoints before, nothing by halves, and the run stops or goes on as configured."""
+"""A checkpoint is written while training goes on: the same bytes, one at a time, its failure seen and counted."""
 
 from __future__ import annotations
 
+import errno
 import os
-import resource
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import modelyard.train.state as state_module
-from modelyard.errors import RunFailed
-from modelyard.train.checkpoint import Checkpoint
-from modelyard.train.console import Console
+from modelyard.errors import RunFailed, UserError
+from modelyard.files import synced_facts
+from modelyard.parallel.world import World
+from modelyard.train.checkpoint import Checkpoint, marked_retention, save_checkpoint
 from modelyard.train.run import train
-from modelyard.train.step import train_step
-from tests.conftest import ROOT
+from modelyard.train.saving import Saver, host_copies
+from tests.parallel.processes import run_distributed
 from tests.train.helpers import lines, loaded, losses, new_run
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
-# 33,936 parameters: a checkpoint of 407,232 bytes and what describes it.
-WIDE = ("model.base_model.vocab_size=512", "model.base_model.transformer.hidden_size=48")
-NEEDED = 407_232
-KEYS = ("training.train_iters=6", "training.checkpoint={interval: 2, offset: 0, keep: 1, asynchronous: no}")
+EVERY = "training.checkpoint={interval: 2, offset: 0, keep: null}"
 
 
-@pytest.fixture
-def disk() -> Iterator[Path]:
-    """A file system of 2 MiB at `disk/`."""
-    place = Path("disk").absolute()
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a tmpfs, which is not given here")
-    yield place
-    subprocess.run(["umount", "--lazy", place], check=True)
+def tensors(folder: str) -> dict[str, torch.Tensor]:
+    checkpoint = Checkpoint(Path(folder))
+    found = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in checkpoint.tensors().items()}
+    checkpoint.load_into(found)
+    return found
 
 
-def fill(disk: Path, *, free: int) -> None:
-    with (disk / "ballast").open("ab") as file:
-        file.write(bytes(max(0, shutil.disk_usage(disk).free - free)))
+def slow_disk(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None]) -> None:
+    """Call `before(iteration)` where a checkpoint is about to be written."""
+
+    def write(folder: Path, **arguments: Any) -> None:
+        before(int(folder.name))
+        save_checkpoint(folder, **arguments)
+
+    monkeypatch.setattr(state_module, "save_checkpoint", write)
 
 
-def at_step(monkeypatch: pytest.MonkeyPatch, actions: dict[int, Callable[[], None]]) -> None:
-    """Do something before the steps of these numbers, as another program would at that moment."""
-    count = 0
-
-    def step(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        count += 1
-        actions.get(count, lambda: None)()
-        return train_step(*args, **kwargs)
-
-    monkeypatch.setattr(state_module, "train_step", step)
-
-
-@pytest.mark.parametrize("free", [100_000, NEEDED + 8_000], ids=["seen before", "found while writing"])
-def test_a_full_disk_stops_the_run_and_leaves_the_checkpoint_before(
-    disk: Path, monkeypatch: pytest.MonkeyPatch, free: int
-) -> None:
-    at_step(monkeypatch, {3: lambda: fill(disk, free=free)})
-    with pytest.raises(RunFailed) as failure:
-        train(loaded(*KEYS, *WIDE, "run.experiment_dir=disk/run"))
-    text = str(failure.value)
-    assert text.startswith("iteration 4 is not saved: no space left in disk/run/checkpoint (")
-    assert "397.7 KiB needed); checkpoint disk/run/checkpoint/2 stays" in text
-    assert "\n" not in text
-    assert [path.name for path in (disk / "run/checkpoint").iterdir()] == ["2"]
-    assert Checkpoint(disk / "run/checkpoint/2").iteration == 2
-    failed = lines(disk / "run/events.jsonl")[-2:]
-    assert [event["event"] for event in failed] == ["save_failed", "failed"]
-    assert failed[0]["needed_bytes"] == NEEDED
-
-    (disk / "ballast").unlink()
-    assert train(loaded(*KEYS, *WIDE, "run.experiment_dir=disk/run")) == 0
-    assert train(loaded(*KEYS, *WIDE)) == 0
-    assert losses("disk/run") == losses("run")
+def test_copies_are_equal_and_independent() -> None:
+    tensors = {
+        "a": torch.arange(7, dtype=torch.float64).view(7, 1),
+        "b": torch.randn(3, 5)[:, 1:3],
+        "c": torch.tensor(2.5),
+        "d": torch.empty(0, 4),
+        "e": torch.randn(3).bfloat16(),
+    }
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    copies = host_copies(tensors)
+    for tensor in tensors.values():
+        tensor.zero_()
+    assert all(torch.equal(copies[name], before[name]) for name in tensors)
+    assert {name: copy.dtype for name, copy in copies.items()} == {n: t.dtype for n, t in before.items()}
+    assert host_copies({}) == {}
 
 
-def test_a_run_goes_on_over_a_full_disk_and_loses_no_record(
-    disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Full to the last byte from step 5 to 15: records wait once their last block is full, the checkpoint of 8 is given up."""
-    at_step(monkeypatch, {5: lambda: fill(disk, free=0), 15: (disk / "ballast").unlink})
-    checkpoints = "training.checkpoint={interval: 4, offset: 0, keep: 1, on_error: continue, asynchronous: no}"
-    keys = ("training.train_iters=16", checkpoints, *WIDE, "training.logs.tensorboard=yes")
-    assert train(loaded(*keys, "run.experiment_dir=disk/run")) == 0
-    out = capsys.readouterr().out
-    assert "warning: iteration 8 is not saved: no space left in disk/run/checkpoint (" in out
-    assert "warning: disk/run/metrics.jsonl cannot be written (No space left on device)" in out
-    assert "disk/run/metrics.jsonl is written again, nothing of it is lost" in out
-    assert sorted(path.name for path in (disk / "run/checkpoint").iterdir()) == ["16", "4"]
-    assert list(losses("disk/run")) == list(range(1, 17))
-    assert [e["event"] for e in lines(disk / "run/events.jsonl")] == [
-        "started", "saved", "save_failed", "save_failed", "saved", "finished",
-    ]  # fmt: skip
-    logged = [line.split("  ", 1)[1] for line in (disk / "run/log.txt").read_text().splitlines()]
-    assert logged == out.splitlines()
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of iteration 2 waits for step 5; its bytes are those of a run that waited for it."""
+    reached = threading.Event()
+    steps = 0
+    step = state_module.train_step
 
-    board = EventAccumulator(str(disk / "run/tensorboard")).Reload()
-    assert [event.step for event in board.Scalars("training/loss")] == list(range(1, 17))
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 5:
+            reached.set()
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(state_module, "train_step", counted)
+    slow_disk(monkeypatch, lambda iteration: assert_(reached.wait(20)))
+    keys = ("training.train_iters=6", "training.checkpoint={interval: 5, offset: 2}")
     assert train(loaded(*keys)) == 0
-    assert losses("disk/run") == losses("run")
+    monkeypatch.setattr(state_module, "save_checkpoint", save_checkpoint)
+    events = [(e["event"], e["iteration"]) for e in lines("run/events.jsonl")]
+    assert events == [("started", 0), ("saved", 2), ("saved", 6), ("finished", 6)]
+    saved = lines("run/events.jsonl")[1]
+    assert saved["waited"] < saved["seconds"]
+    assert "(training waited 0.0 s)" in saved["text"]
+
+    assert train(loaded(*keys, "training.checkpoint.asynchronous=no", "run.experiment_dir=there")) == 0
+    assert losses("run") == losses("there")
+    for iteration in (2, 6):
+        mine, theirs = tensors(f"run/checkpoint/{iteration}"), tensors(f"there/checkpoint/{iteration}")
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+        states = [Path(f"{run}/checkpoint/{iteration}/state.json").read_text() for run in ("run", "there")]
+        # How many failed saves, tokens, rows: as they were at that iteration.
+        assert states[0] == states[1]
+
+
+def assert_(condition: bool) -> None:
+    assert condition
+
+
+def test_one_is_on_its_way_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_work: list[int] = []
+    most = 0
+
+    def write(folder: Path, **arguments: Any) -> None:
+        nonlocal most
+        at_work.append(int(folder.name))
+        most = max(most, len(at_work))
+        time.sleep(0.05)
+        save_checkpoint(folder, **arguments)
+        at_work.remove(int(folder.name))
+
+    monkeypatch.setattr(state_module, "save_checkpoint", write)
+    assert train(loaded("training.train_iters=8", EVERY)) == 0
+    assert most == 1
+    assert [e["iteration"] for e in lines("run/events.jsonl") if e["event"] == "saved"] == [2, 4, 6, 8]
+
+
+def fail(iteration: int) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO), str(iteration))
 
 
 @pytest.mark.parametrize("on_error", ["stop", "continue"])
-def test_a_last_save_that_fails_is_a_failure(on_error: str) -> None:
-    """A limit on the size of a file, where no disk can be mounted: the write itself fails."""
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (NEEDED, hard))
-    try:
-        with pytest.raises(RunFailed) as failure:
-            train(loaded("training.train_iters=3", *WIDE, f"training.checkpoint.on_error={on_error}"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+def test_a_failure_beside_the_training_is_shown_and_counted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], on_error: str
+) -> None:
+    slow_disk(monkeypatch, lambda iteration: fail(iteration) if iteration in (2, 4) else None)
+    keys = ("training.train_iters=6", EVERY, f"training.checkpoint.on_error={on_error}")
     if on_error == "stop":
-        reason = "File too large (a limit on file size: ulimit -f) in run/checkpoint (397.7 KiB needed); "
-        assert str(failure.value).startswith(f"iteration 1 is not saved: {reason}")
-        assert str(failure.value).endswith("there is no earlier checkpoint")
-    else:
-        assert "the last iteration, 3, is not saved" in str(failure.value)
-        assert [e["event"] for e in lines("run/events.jsonl")] == [
-            "started", "save_failed", "save_failed", "failed",
-        ]  # fmt: skip
-    assert list(Path("run/checkpoint").iterdir()) == []
-
-
-def test_a_shutdown_needs_its_checkpoint() -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (NEEDED, hard))
-    checkpoints = "training.checkpoint={interval: 2, offset: 0, on_error: continue}"
-    try:
-        with pytest.raises(RunFailed, match=r"iteration 2, at which training.shutdown leaves, is not saved"):
-            train(loaded(*WIDE, checkpoints, "training.shutdown.interval=2"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-
-
-def test_standard_output_on_a_full_disk(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    console = Console()
-    with open("/dev/full", "w") as full:
-        monkeypatch.setattr("sys.stdout", full)
-        console.open_log(tiny / "log.txt")
-        console.line("one")
-        monkeypatch.undo()
-        console.close()
-        with pytest.raises(OSError):
-            full.flush()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # so that it can be closed
-    assert (tiny / "log.txt").read_text().endswith("  one\n")
-
-
-def test_an_export_that_fails_is_as_configured(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    at_step(monkeypatch, {2: lambda: fill(disk, free=30_000)})
-    keys = (
-        *WIDE,
-        "training.train_iters=3",
-        "training.checkpoint.interval=null",
-        "run.experiment_dir=disk/run",
+        with pytest.raises(
+            RunFailed, match=r"^iteration 2 is not saved: .*Input/output error.* no earlier checkpoint$"
+        ):
+            train(loaded(*keys))
+        # At once: the next save would have been after iteration 4.
+        assert max(losses("run")) <= 4
+        return
+    assert train(loaded(*keys)) == 0
+    out = capsys.readouterr().out
+    assert "warning: iteration 2 is not saved: [Errno 5] Input/output error: '2'; there is no earlier" in out
+    assert (
+        "iteration 4 is not saved: [Errno 5] Input/output error: '4'; there is no earlier checkpoint; 2 could not be saved so far"
+        in out
     )
-    export = "training.export={interval: 2, format: llama}"
-    with pytest.raises(
-        RunFailed, match="iteration 2 is not exported: no space left in disk/run/export/llama"
-    ):
-        train(loaded(*keys, export))
-    (disk / "ballast").unlink()
-    at_step(monkeypatch, {2: lambda: fill(disk, free=30_000), 3: (disk / "ballast").unlink})
-    assert train(loaded(*keys, export, "training.export.on_error=continue")) == 0
-    assert [path.name for path in (disk / "run/export/llama").iterdir()] == ["3"]
+    assert [path.name for path in Path("run/checkpoint").iterdir()] == ["6"]
+    assert Checkpoint(Path("run/checkpoint/6")).state["progress"]["failed_saves"] == 2
+    assert new_run(*keys).progress.failed_saves == 2
 
 
-def test_other_reasons_are_named(tiny: Path) -> None:
-    if os.geteuid() == 0:
-        (tiny / "run").mkdir()
-        (tiny / "run" / "checkpoint").touch()  # a file where the folder should be, which stops even root
+def test_a_run_that_fails_leaves_the_checkpoint_that_was_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = threading.Event()
+    slow_disk(monkeypatch, lambda iteration: assert_(failed.wait(20)))
+    step, marks = state_module.train_step, []
+
+    def fourth_fails(*args: Any, **kwargs: Any) -> Any:
+        if marks.append(None) or len(marks) == 4:
+            failed.set()
+            raise ValueError("a fault of ours")
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(state_module, "train_step", fourth_fails)
+    with pytest.raises(ValueError, match="a fault of ours"):
+        train(loaded("training.train_iters=6", EVERY))
+    assert Checkpoint(Path("run/checkpoint/2")).iteration == 2
+
+
+def slow_then_broken_at_one_rank(*keys: str) -> tuple[str, int]:
+    """Rank 1 cannot write its part of the checkpoint of iteration 2, after a while; what each process says."""
+    is_second = torch.distributed.get_rank() == 1
+    with pytest.MonkeyPatch.context() as patch:
+
+        def facts(files: Any, folder: Path) -> Any:
+            if is_second and folder.name == "2.tmp":
+                time.sleep(0.2)
+                fail(2)
+            return synced_facts(files, folder)
+
+        patch.setattr("modelyard.train.checkpoint.synced_facts", facts)
+        try:
+            status = train(loaded(*keys))
+        except RunFailed as failure:
+            return str(failure), max(losses("run"))
+    return str(status), max(losses("run"))
+
+
+@pytest.mark.parametrize("on_error", ["stop", "continue"])
+def test_what_fails_in_one_process_all_know(on_error: str) -> None:
+    keys = ("training.train_iters=6", EVERY, f"training.checkpoint.on_error={on_error}")
+    found = run_distributed(slow_then_broken_at_one_rank, 2, *keys)
+    assert found[0][1] == found[1][1]
+    if on_error == "stop":
+        assert all(text.startswith("iteration 2 is not saved: ") for text, _ in found)
+        assert all("Input/output error" in text for text, _ in found)
+        assert list(Path("run/checkpoint").iterdir()) == []
     else:
-        (tiny / "run" / "checkpoint").mkdir(parents=True, mode=0o500)
-    with pytest.raises(RunFailed, match=r"iteration 1 is not saved: .*run/checkpoint"):
-        train(loaded("training.train_iters=1"))
+        assert [text for text, _ in found] == ["0", "0"]
+        assert sorted(path.name for path in Path("run/checkpoint").iterdir()) == ["4", "6"]
 
 
-def test_a_reader_that_leaves_costs_no_run(tiny: Path) -> None:
-    """`train … | head -1`: the run goes on to its end, and log.txt has every line."""
-    program = "from modelyard.cli import main\nraise SystemExit(main(['train', 'train.yaml']))\n"
-    read, write = os.pipe()
-    os.close(read)  # the reader is gone before the first line
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            stdout=write,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            text=True,
-            check=False,
-        )
-    finally:
-        os.close(write)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert Path("run/checkpoint/12").is_dir()
-    log = Path("run/log.txt").read_text()
-    assert log.count("standard output is gone") == 1
-    assert "finished 12 iterations" in log
-    assert " parameters, " in log
+def test_what_a_saver_does_is_done_once() -> None:
+    saver = Saver(World(), asynchronous=True)
+    assert not saver.busy
+    assert not saver.ended
+    go = threading.Event()
+    saver.start(lambda world: assert_(go.wait(20)), wait=False)
+    assert saver.busy
+    assert not saver.ended
+    go.set()
+    saver.wait()
+    assert saver.ended
+    saver.finish()
+    assert not saver.busy
+
+    def refuse(world: World) -> None:
+        raise UserError("no")
+
+    for wait in (True, False):
+        saver.start(refuse, wait=wait)
+        with pytest.raises(UserError, match="no"):
+            saver.finish()
+        assert not saver.busy
 
 
-def test_no_checkpoint_is_claimed_where_there_is_none() -> None:
-    run = new_run("training.max_skipped_steps=1")
-    with pytest.raises(RunFailed, match=r"there is no checkpoint yet$"):
-        run._count_skip("the loss is nan")
-    run.progress.iteration = 7
-    run.save(wait=True)
-    with pytest.raises(RunFailed, match=r"checkpoint run/checkpoint/7 is untouched$"):
-        run._count_skip("the loss is nan")
+def kept() -> dict[int, str]:
+    return {
+        int(path.name): marked_retention(path)
+        for path in sorted(Path("run/checkpoint").iterdir(), key=lambda p: int(p.name))
+    }
+
+
+def test_short_lived_checkpoints_go_when_there_is_a_newer_one() -> None:
+    policy = "training.checkpoint={interval: 4, offset: 0, ephemeral_interval: 1, keep: 1, keep_every: 3}"
+    found: list[dict[int, str]] = []
+    for last in (3, 4, 6, 8, 12, 14):
+        assert train(loaded(f"training.train_iters={last}", policy)) == 0
+        found.append(kept())
+    assert found == [
+        {3: "ephemeral"},
+        {4: "regular"},
+        {4: "regular", 6: "ephemeral"},
+        {8: "regular"},
+        {8: "regular", 12: "permanent"},
+        {8: "regular", 12: "permanent", 14: "ephemeral"},
+    ]
+    saved = [e["iteration"] for e in lines("run/events.jsonl") if e["event"] == "saved"]
+    assert saved == list(range(1, 15))
+    # What was to stay for ever does so under other intervals, too.
+    policy = "training.checkpoint={interval: 5, offset: 0, keep: 1, keep_every: null}"
+    assert train(loaded("training.train_iters=20", policy)) == 0
+    assert kept() == {12: "permanent", 20: "regular"}
+
+
+@pytest.mark.parametrize(("checksums", "newest"), [("yes", 2), ("auto", 2), ("no", 4)])
+def test_checksums_are_compared_as_configured(checksums: str, newest: int) -> None:
+    assert train(loaded("training.train_iters=4", EVERY)) == 0
+    data = next(Path("run/checkpoint/4").glob("*.distcp"))
+    content = bytearray(data.read_bytes())
+    content[-100] ^= 1
+    data.write_bytes(content)
+    run = new_run(f"training.checkpoint.checksums={checksums}", "training.train_iters=6")
+    assert run.progress.iteration == newest
+    aside = sorted(path.name for path in Path("run/checkpoint").iterdir())
+    assert aside == (["2", "4"] if newest == 4 else ["2", "4.damaged"])
