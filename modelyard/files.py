@@ -199,13 +199,13 @@ def prune(directory: Path, *, keep: int | None, retention: Callable[[Path], Rete
     return doomed
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged folder so that its name is free, and return where it is now; nothing is deleted."""
-    aside = path.with_name(path.name + ".damaged")
+def set_aside(path: Path, why: str = "damaged") -> Path:
+    """Rename a folder so that its name is free, and return where it is now; nothing is deleted."""
+    aside = path.with_name(f"{path.name}.{why}")
     number = 1
     while aside.exists():
         number += 1
-        aside = path.with_name(f"{path.name}.damaged-{number}")
+        aside = path.with_name(f"{path.name}.{why}-{number}")
     os.rename(path, aside)
     return aside
 

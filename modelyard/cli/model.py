@@ -1,8 +1,10 @@
-"""The verbs around what was trained: generate, convert, report."""
+"""The verbs around what was trained: generate, convert, average, report."""
 
 from __future__ import annotations
 
 import argparse
+import math
+from fractions import Fraction
 from pathlib import Path
 
 from modelyard.cli.arguments import Verb, dtype_name
@@ -88,6 +90,56 @@ def _convert(options: argparse.Namespace) -> int:
     )
 
 
+def _average_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "models",
+        nargs="+",
+        type=Path,
+        metavar="MODEL",
+        help="checkpoint, experiment folder (its newest checkpoint) or Hugging Face folder, all of one shape",
+    )
+    parser.add_argument(
+        "--to", type=Path, required=True, metavar="DIR", help="checkpoint to write; must not exist"
+    )
+    parser.add_argument(
+        "--weights",
+        type=_weights,
+        metavar="W,W,…",
+        help="how much each model counts, in their order; their sum is of no matter (default: all alike)",
+    )
+    parser.add_argument(
+        "--last",
+        type=_whole,
+        metavar="N",
+        help="the newest N checkpoints of the one experiment that is named, oldest first",
+    )
+
+
+def _weights(text: str) -> list[Fraction]:
+    weights = []
+    for word in text.split(","):
+        try:
+            number = float(word)
+        except ValueError:
+            number = math.nan
+        if not 0 <= number < math.inf:
+            raise argparse.ArgumentTypeError(f"'{word}' is not a number from 0 on")
+        weights.append(Fraction(str(number)))  # as it was written: 0.1 is 1/10
+    return weights
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 on")
+    return int(text)
+
+
+def _average(options: argparse.Namespace) -> int:
+    from modelyard.train.average import average
+
+    return average(options.models, options.to, weights=options.weights, last=options.last)
+
+
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run (its run.experiment_dir)"
@@ -120,6 +172,16 @@ VERBS: dict[str, Verb] = {
         "example:\n  modelyard convert runs/a/checkpoint/1000 my-model --format llama",
         _convert_arguments,
         _convert,
+    ),
+    "average": Verb(
+        "Average the weights of checkpoints or models into a new checkpoint.",
+        """\
+The result has weights alone: generate, convert, evaluate --checkpoint, inspect and pretrained.path take it.
+examples:
+  modelyard average runs/a --last 5 --to runs/a-averaged
+  modelyard average runs/sft-1 runs/sft-2 models/sft-3 --weights 1,1,2 --to sft""",
+        _average_arguments,
+        _average,
     ),
     "report": Verb(
         "Write runs, finished or not, as one HTML page: plots, samples, events, configuration.",

@@ -257,9 +257,9 @@ class PretrainedConfig(Section):
     """A model to start from: its shape, and its weights unless model_weights is `no`."""
 
     path: Path
-    """A Hugging Face folder (config.json, *.safetensors), relative to the working directory."""
+    """A Hugging Face folder (config.json, *.safetensors) or a checkpoint, relative to the working directory."""
     format: Literal["auto", "llama", "qwen2", "mistral", "starcoder2"] = "auto"
-    """Family that the folder must hold; auto: as its config.json says."""
+    """Family that the folder must hold; auto: as its config.json says. A checkpoint must fit it."""
     model_weights: bool = True
     """Whether the weights are read; `no` takes the shape only."""
     load_config: Literal["model", "none"] = "model"

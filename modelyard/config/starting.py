@@ -65,7 +65,9 @@ def starting_point(
             f"{origin_of_preset}: model.preset {name} has no effect: the shape is that of pretrained.path {folder}"
         )
     from_folder = Document({}, {}, document.name)
-    from_folder.put(BASE_MODEL, values, str(folder / ("state.json" if is_checkpoint(folder) else "config.json")))
+    from_folder.put(
+        BASE_MODEL, values, str(folder / ("state.json" if is_checkpoint(folder) else "config.json"))
+    )
     base.merge(from_folder)
     return base, architecture, warnings
 

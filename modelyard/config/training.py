@@ -213,6 +213,35 @@ class ExportConfig(KeptConfig):
         return self
 
 
+class SpikesConfig(Section):
+    """Steps whose loss or gradient norm stands far above those before: what is one, and what is done about it."""
+
+    policy: Literal["off", "warn", "skip", "rollback"] = "warn"
+    """warn: say so, with the documents of the batch. skip: leave the weights untouched by that step, as well. rollback: go back to
+    a checkpoint from before the last `batches` batches, and train on without these."""
+    window: int = Field(default=128, ge=8)
+    """How many steps are compared with, in iterations; nothing is judged before there is half of them. They are kept in
+    checkpoints."""
+    threshold: float = Field(default=6.0, gt=0)
+    """How far above their mean is a spike, in standard deviations (of the loss, and of the logarithm of the gradient norm)."""
+    batches: int = Field(default=2, gt=0)
+    """With rollback: how many batches are left out from there on, the one of the spike and those before it, in batches."""
+    max_rollbacks: int = Field(default=3, ge=0)
+    """With rollback: how often in the whole run; the spike after that stops it. Skipped steps have
+    training.max_skipped_steps for a limit."""
+
+
+class HealthConfig(IntervalConfig):
+    """Comparing the processes of a run; one alone has nothing to compare."""
+
+    interval: int | None = Field(default=100, gt=0)
+    """Every how many iterations, and before each checkpoint, it is seen to that all processes which hold the same weights
+    have the same bits, and all count alike; a run in which they do not ends. null: never."""
+    slow_rank_factor: float | None = Field(default=1.5, gt=1)
+    """How many times slower than the others (their median) a process must be for a warning that names it, at these
+    iterations; null: never."""
+
+
 class TrainingConfig(Section):
     """The run: its length and everything that happens at intervals."""
 
@@ -239,7 +268,12 @@ class TrainingConfig(Section):
     on a CPU 10 to 17% faster steps in bfloat16 and next to nothing in float32 (docs/speed.md). auto: on a GPU. On a CPU
     it needs a C++ compiler."""
     max_skipped_steps: int = Field(default=10, gt=0)
-    """Consecutive steps skipped for a loss or gradient that is not finite before the run stops, in iterations."""
+    """Consecutive steps skipped, for a loss or gradient that is not finite or a spike, before the run stops, in iterations."""
+
+    spikes: SpikesConfig = Field(default_factory=SpikesConfig)
+    """Loss and gradient spikes."""
+    health: HealthConfig = Field(default_factory=HealthConfig)
+    """Copies of the weights that differ, and processes that are slow."""
 
     @field_validator("wandb", "profiling", mode="before")
     @classmethod

@@ -29,6 +29,17 @@ class Batch:
     cu_seqlens: Tensor
     """Int32 [rows, most segments + 1]: where attention segments begin, then `sequence`, repeated to the width."""
 
+    @classmethod
+    def empty(cls, rows: int, sequence_length: int) -> Batch:
+        """Rows that hold nothing, and have no target."""
+        nothing = torch.zeros(rows, sequence_length, dtype=torch.int64)
+        return cls(
+            nothing,
+            torch.full_like(nothing, IGNORED),
+            torch.arange(sequence_length).repeat(rows, 1),
+            torch.tensor([[0, sequence_length]] * rows, dtype=torch.int32),
+        )
+
     def rows(self, begin: int, end: int) -> Batch:
         """Some of the rows, as `DataStream.rows` would make them alone."""
         cu_seqlens = self.cu_seqlens[begin:end]

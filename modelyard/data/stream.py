@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from math import ceil
 from pathlib import Path
-from queue import Queue
+from queue import Empty, Queue
 from threading import Event, Lock, Thread
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -352,21 +352,26 @@ def ids_outside_vocabulary(streams: Sequence[DataStream]) -> list[str]:
 
 
 def prefetched(
-    stream: DataStream, begin: int, end: int, share: Share = WHOLE, depth: int = 2
-) -> Generator[tuple[Batch, float], None, None]:
-    """Batches `begin:end` in order, made in a background thread while the caller works, and the seconds waited for each.
+    stream: DataStream,
+    indices: Sequence[int],
+    share: Share = WHOLE,
+    depth: int = 2,
+    *,
+    give_up: Callable[[], bool] = lambda: False,
+) -> Generator[tuple[Batch | None, float], None, None]:
+    """Batches of these numbers in order, made in a background thread while the caller works, and the seconds waited for each.
 
-    Of each only the `share` of this process is read.
-
-    At most `depth` batches wait ready. Close the generator (`contextlib.closing`) to stop early; the thread has ended when
-    `close` returns. An error while reading is raised here, in its place in the order.
+    Of each only the `share` of this process is read. At most `depth` batches wait ready. While one is waited for, `give_up`
+    is asked every now and then; where it says so, None comes instead, and nothing more. Close the generator
+    (`contextlib.closing`) to stop early; the thread has ended when `close` returns, unless it hangs in reading. An error while
+    reading is raised here, in its place in the order.
     """
     ready: Queue[Batch | BaseException] = Queue(maxsize=depth)
     stop = Event()
 
     def work() -> None:
         try:
-            for index in range(begin, end):
+            for index in indices:
                 if stop.is_set():
                     return
                 ready.put(stream.batch(index, share))
@@ -375,16 +380,28 @@ def prefetched(
 
     thread = Thread(target=work, name=f"prefetch {stream.name}", daemon=True)
     thread.start()
+    gave_up = False
     try:
-        for _ in range(begin, end):
+        for _ in indices:
             waited_from = perf_counter()
-            item = ready.get()
+            while True:
+                try:
+                    item = ready.get(timeout=_ASKED_AGAIN)
+                    break
+                except Empty:
+                    if gave_up := give_up():
+                        yield None, perf_counter() - waited_from
+                        return
             if isinstance(item, BaseException):
                 raise item
             yield item, perf_counter() - waited_from
     finally:
         stop.set()
-        while thread.is_alive():  # it may be waiting for room to put one more
+        while thread.is_alive() and not gave_up:  # it may be waiting for room to put one more
             while not ready.empty():
                 ready.get()
             thread.join(timeout=0.05)
+
+
+_ASKED_AGAIN = 0.5
+"""Seconds after which somebody who waits for data looks whether he still should."""

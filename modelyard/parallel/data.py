@@ -131,6 +131,15 @@ class ShardedWeights:
         for name, twin in self._twins.items():
             local_tensor(twin).copy_(self.master[name])
 
+    def copied_along(self, name: str) -> tuple[str, ...]:
+        """The dimensions along which other processes have the same part of this parameter, bit for bit."""
+        same = {
+            "replicate": self._mesh.size("replicate") > 1,
+            "pipeline": name in self._shared,
+            "tensor": self._mesh.size("tensor") > 1 and _same_on_tensor_ranks(self.sharded[name]),
+        }
+        return tuple(dimension for dimension, so in same.items() if so)
+
     def before_backward(self, *, last: bool) -> None:
         """Say whether the next forward and backward are the step's last: what is communicated then, see above."""
         for unit in self._units:

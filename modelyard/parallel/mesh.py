@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -10,6 +12,16 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from modelyard.config.layout import DIMENSIONS, Layout
 from modelyard.parallel.stages import process_of
 from modelyard.parallel.torch_private import flattened
+
+
+class Totals(NamedTuple):
+    """What `Mesh.total` adds up, and whether any process passed the rest."""
+
+    loss: float
+    square: float
+    targets: int
+    notice: bool
+    abandon: bool
 
 
 class Mesh:
@@ -74,22 +86,28 @@ class Mesh:
         return self.place("pipeline") == 0 and self.place("tensor") == 0
 
     def total(
-        self, loss: Tensor | float, square: Tensor | float, targets: int, *, notice: bool = False
-    ) -> tuple[float, float, int, bool]:
+        self,
+        loss: Tensor | float,
+        square: Tensor | float,
+        targets: int,
+        *,
+        notice: bool = False,
+        abandon: bool = False,
+    ) -> Totals:
         """The sums over all processes of a step's loss, squared gradient and trained tokens, in one message.
 
-        `loss` counts where `has_loss`, `targets` where `has_tokens`; `square` is already each process's own share. Last:
-        whether `notice` is so for any process.
+        `loss` counts where `has_loss`, `targets` where `has_tokens`; `square` is already each process's own share.
         """
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(5, dtype=torch.float64, device=self.device)
         sums[0] += loss if self.has_loss else 0.0
         sums[1] += square
         sums[2] += targets if self.has_tokens else 0
         sums[3] += notice
+        sums[4] += abandon
         if self.is_distributed:
             dist.all_reduce(sums)
-        total_loss, total_square, total_targets, notices = sums.tolist()
-        return total_loss, total_square, round(total_targets), notices > 0
+        total_loss, total_square, total_targets, notices, abandons = sums.tolist()
+        return Totals(total_loss, total_square, round(total_targets), notices > 0, abandons > 0)
 
 
 def alone(device: torch.device | str = "cpu") -> Mesh:

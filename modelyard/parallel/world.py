@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from modelyard.errors import RunFailed, UserError
+from modelyard.launch.process import a_restart_may_mend
 from modelyard.parallel.rank import (
     local_rank,
     main_address,
@@ -27,6 +28,7 @@ from modelyard.parallel.rank import (
     rank,
     wait_for_the_main_process,
 )
+from modelyard.parallel.torch_private import default_store
 
 T = TypeVar("T")
 
@@ -40,13 +42,22 @@ QUIET = 10.0
 class World:
     """The processes of a job as equals that have to do the same; alone, every question is answered at once."""
 
-    def __init__(self, number: int = 0, size: int = 1, group: Any = None, patience: float = PATIENCE):
+    def __init__(
+        self,
+        number: int = 0,
+        size: int = 1,
+        group: Any = None,
+        *,
+        board: Any = None,
+        patience: float = PATIENCE,
+    ):
         self.rank, self.size = number, size
         self.group: dist.ProcessGroup | None = group
         """For what is said between hosts; None alone."""
         self.patience = patience
         """Seconds that one of them may take to answer."""
         self._twins: list[World] = []
+        self._board: dist.Store | None = board
         self.messages = 0
         """Exchanged so far: a sign of life."""
         self.agreed: BaseException | None = None
@@ -66,14 +77,14 @@ class World:
         """The same processes over a group of its own, for a thread beside this one. All must call it alike."""
         if self.group is None:
             return World()
-        twin = World(self.rank, self.size, _group(self.patience), self.patience)
+        twin = World(self.rank, self.size, _group(self.patience), patience=self.patience)
         self._twins.append(twin)
         return twin
 
     def part(self) -> None:
         """Let go of the groups, before they are destroyed."""
         for world in (self, *self._twins):
-            world.group = None
+            world.group = world._board = None
 
     def tell(self, value: T) -> T:
         """What the main process passes; what the others pass is not looked at."""
@@ -83,6 +94,20 @@ class World:
         dist.broadcast_object_list(values, src=0, group=self.group, device=torch.device("cpu"))
         self.messages += 1
         return values[0]
+
+    def post(self, key: str) -> None:
+        """Put up a word that the others can see without being asked; nobody waits for it. Alone nothing happens."""
+        if self._board is not None:
+            with suppress(RuntimeError):  # the one who keeps the board is gone: then all will be soon
+                self._board.set(f"modelyard: {key}", "")
+
+    def is_posted(self, key: str) -> bool:
+        """Whether any process has put up this word."""
+        if self._board is None:
+            return False
+        with suppress(RuntimeError):
+            return self._board.check([f"modelyard: {key}"])
+        return False
 
     def largest(self, number: int) -> int:
         """The largest of what the processes pass."""
@@ -220,8 +245,10 @@ def _find_each_other(backend: str, timeout: float) -> None:
     try:
         store, number, size = next(dist.rendezvous("env://", timeout=limit))
         # After a restart the agent's store still has the addresses of the processes that died
-        # (https://github.com/pytorch/pytorch/issues/135712).
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        # (https://github.com/pytorch/pytorch/issues/135712). A store of the ranks' own, as --nproc has it, has not, and
+        # nodes count their restarts each for itself.
+        shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if shared else "0"
         dist.init_process_group(
             backend,
             store=dist.PrefixStore(f"attempt_{attempt}", store),
@@ -231,6 +258,7 @@ def _find_each_other(backend: str, timeout: float) -> None:
         )
     except (dist.DistError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
+        a_restart_may_mend()
         raise RunFailed(
             f"the {number_of_processes()} processes of the job did not find each other within {timeout:g} s "
             f"(model.distributed.timeout): rank {rank()}: {reason}"
@@ -250,7 +278,8 @@ def _say_what_is_waited_for(timeout: float) -> None:
 
 def _world(timeout: float) -> World:
     patience = max(10 * timeout, PATIENCE)
-    return World(dist.get_rank(), dist.get_world_size(), _group(patience), patience)
+    group = _group(patience)
+    return World(dist.get_rank(), dist.get_world_size(), group, board=default_store(), patience=patience)
 
 
 def _group(patience: float) -> Any:

@@ -20,12 +20,13 @@ from modelyard.config.disk import (
     saves,
     size,
 )
-from modelyard.config.huggingface import can_export, weight_problems
+from modelyard.config.huggingface import can_export
 from modelyard.config.layout import layout_of, possible_worlds, shape_problems, smallest_world, world_problems
 from modelyard.config.loader import Loaded
 from modelyard.config.model import base_model_of
 from modelyard.config.optimizer import LearningRateConfig
 from modelyard.config.prepare import PrepareConfig
+from modelyard.config.pretrained import unreadable_weights
 from modelyard.config.scales import rate_scales
 from modelyard.config.traces import trace_warnings
 from modelyard.config.train import TrainConfig

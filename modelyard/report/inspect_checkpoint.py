@@ -15,14 +15,16 @@ import torch
 from modelyard.config.architecture import Architecture
 from modelyard.config.disk import size
 from modelyard.config.huggingface import read_config
+from modelyard.config.layout import Layout
 from modelyard.config.train import TrainConfig
 from modelyard.errors import UserError
 from modelyard.files import CHECKSUM_LIMIT, MANIFEST, damage, numbered_folders
 from modelyard.model.formats import open_huggingface
 from modelyard.model.formats.source import fit_problems
+from modelyard.plan.layout import layout_line
 from modelyard.report.inspect_blocks import Facts, Heading, Inspection, Note, Table
 from modelyard.report.inspect_data import Options, progress
-from modelyard.train.checkpoint import Checkpoint
+from modelyard.train.checkpoint import Checkpoint, marked_retention
 from modelyard.train.resume import flatten
 
 _STRETCHED = ("type", "theta", "scale_factor", "original_context_length")
@@ -33,6 +35,12 @@ _ROTARY = {
     "yarn": (*_STRETCHED, "attention_factor", "beta_fast", "beta_slow"),
 }
 """What each kind of rotary positions depends on."""
+_STAYS = {
+    "permanent": "for ever (training.checkpoint.keep_every)",
+    "regular": "while it is among the newest (training.checkpoint.keep)",
+    "ephemeral": "until there is a newer one",
+}
+"""How long a checkpoint stays, by what it is marked as."""
 _SECOND_MOMENT = ".exp_avg_sq"
 _SLICE = 1 << 18
 """Values of a tensor that are measured at a time: they stay in the cache between the passes."""
@@ -87,7 +95,7 @@ def inspect_checkpoint(folder: Path, options: Options, inspection: Inspection) -
     inspection.values["checkpoint"] = {"path": str(folder), "bytes": total, "damaged": damaged}
     try:
         checkpoint = Checkpoint(folder, verify=False)
-        rows += _provenance(checkpoint)
+        rows += _average_provenance(checkpoint) if checkpoint.is_average else _provenance(checkpoint)
     except (UserError, OSError, ValueError, KeyError, TypeError) as error:
         # Damaged; the files above say so. Where they do not, this does.
         if not damaged:
@@ -97,12 +105,15 @@ def inspect_checkpoint(folder: Path, options: Options, inspection: Inspection) -
         inspection.add(Facts(rows + siblings), Note("Nothing more of it can be read."))
         return
     inspection.add(Facts(rows + siblings))
+    if checkpoint.is_average:
+        _show_averaged(checkpoint.state["averaged"], inspection)
     inspection.add(Heading("architecture"), Facts(_architecture_rows(checkpoint.architecture)))
     if changed := _not_default(checkpoint.config):
         inspection.add(Heading("config: what is not the default"), Facts(changed))
     inspection.fault(*fit_problems(checkpoint, checkpoint.architecture, folder))
     names = checkpoint.tensors()
-    _optimizer_presence(checkpoint, inspection)
+    if not checkpoint.is_average:
+        _optimizer_presence(checkpoint, inspection)
 
     def load(name: str) -> torch.Tensor:
         shape, dtype = names[name]
@@ -189,17 +200,52 @@ def _provenance(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     config = checkpoint.config
     rows = [
         ("iteration", f"{checkpoint.iteration:,} of {config['training']['train_iters']:,}"),
+        ("stays", _STAYS[marked_retention(checkpoint.folder)]),
         ("tokens", f"{progress_made['tokens']:,} positions, padding included"),
         ("optimizer steps", f"{state['optimizer_steps']:,}, {progress_made['skipped_steps']:,} skipped"),
         ("started from", _start(config)),
         ("seed", str(state["seed"])),
         ("data", f"fingerprint {state['data_fingerprint']}"),
+        *([("layout", layout_line(Layout(**state["layout"])))] if "layout" in state else []),
         (
             "written by",
             f"modelyard {state['modelyard_version']}, torch {state['torch_version']}, on {state['initialized_on']}",
         ),
     ]
     return rows
+
+
+def _average_provenance(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    state = checkpoint.state
+    return [
+        (
+            "average",
+            f"of {len(state['averaged'])} models: weights alone, to use or to start from, not to go on from",
+        ),
+        ("iteration", f"{checkpoint.iteration:,}, that of the newest of them"),
+        ("written by", f"modelyard {state['modelyard_version']}, torch {state['torch_version']}"),
+    ]
+
+
+def _show_averaged(sources: list[dict[str, Any]], inspection: Inspection) -> None:
+    """What an average was made of, and what the configs of the sources differ in from the one that is kept."""
+    rows = [
+        [
+            source["path"],
+            source["share"],
+            f"{source['iteration']:,}" if "iteration" in source else "Hugging Face",
+            "; ".join(f"{name} {digest[:16]}…" for name, digest in source["sha256"].items()),
+        ]
+        for source in sources
+    ]
+    columns = ["folder", "share", "iteration", "sha256"]
+    inspection.add(Heading("averaged"), Table(columns, rows, words=frozenset({0, 3})))
+    for source in sources:
+        if differing := source.get("config"):
+            shown = "; ".join(
+                f"{key} {json.dumps(value, ensure_ascii=False)}" for key, value in differing.items()
+            )
+            inspection.add(Note(f"In the config of {source['path']}: {shown}"))
 
 
 def _start(config: dict[str, Any]) -> str:

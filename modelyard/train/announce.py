@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from modelyard.config.layout import Layout
 from modelyard.config.traces import trace_warnings
 from modelyard.plan.layout import layout_line, layout_rows
 from modelyard.train.build import compiles
@@ -38,22 +42,43 @@ def announce(run: Run, remarks: list[str]) -> None:
 
 
 def say_start(run: Run) -> None:
-    """That the run begins, or where it goes on from."""
+    """That the run begins, or where it goes on from, and on what other processes it was until then."""
     iteration, train_iters, console = run.progress.iteration, run.config.training.train_iters, run.console
     layout = run.mesh.layout
     facts: dict[str, Any] = {"processes": layout.world, "layout": layout_line(layout)}
     if run.forced:
         facts["forced"] = run.forced
+    if restart := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        facts["restart"] = restart
     if iteration:
         checkpoint = run.folder / "checkpoint" / str(iteration)
+        before = _saved_on(checkpoint) if run.world.is_main else None
+        if moved := before not in (None, facts["layout"]):
+            facts["layout_before"] = before
         run.events.add("resumed", iteration, f"resuming from {checkpoint}", **facts)
+        if moved:
+            rows = run.config.batch.batch_size
+            console.line(
+                f"it was on {before}; now it is on {facts['layout']}, with the same {rows} rows a step"
+            )
     else:
         text = f"{run.architecture.parameter_count():,} parameters, {train_iters:,} iterations"
         run.events.add("started", 0, text, say=False, **facts)
+        if restart:
+            console.line("from the beginning again, for there is no checkpoint yet")
     if iteration >= train_iters > 0:
         console.line(
             f"this run has {iteration} iterations, training.train_iters is {train_iters}: nothing to train"
         )
+
+
+def _saved_on(checkpoint: Path) -> str | None:
+    """The layout that wrote a checkpoint; None where it does not say so."""
+    try:
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        return layout_line(Layout(**state["layout"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def farewell(run: Run) -> None:

@@ -7,6 +7,9 @@
     config.yaml           the resolved config
     manifest.json         size and sha256 of every file
     permanent, ephemeral  an empty file of this name says that the checkpoint stays for ever, or until there is a newer one
+
+What `modelyard average` makes is one too, without `optimizer.…`: `tokenizer/` lies in it, and state.json says what it was
+made of (`train.average`).
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from torch.distributed.checkpoint import SavePlan, SavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from modelyard.config.architecture import Architecture, architecture_from
 from modelyard.errors import UserError, missing_path
@@ -40,6 +43,7 @@ from modelyard.files import (
     unfinished,
     write_json,
 )
+from modelyard.model.formats.source import WeightSource
 from modelyard.parallel.world import World
 from modelyard.train.torch_private import SafeFileSystemReader
 
@@ -114,6 +118,8 @@ class _Writer(dcp.FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
         try:
             return super().write_data(plan, planner)
+        except UserError:
+            raise
         except Exception as error:
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
@@ -130,6 +136,29 @@ def _plain_errors() -> Iterator[None]:
         for error, _ in failure.failures.values():
             raise error from None
         raise
+
+
+class _OneAtATime(dcp.DefaultSavePlanner):
+    """Asks the source for each tensor when it is its turn to be written; what is planned with has no values."""
+
+    def __init__(self, source: WeightSource):
+        super().__init__()
+        self._source = source
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        return self._source.load(index.fqn.removeprefix("model."))
+
+
+def write_weights(folder: Path, source: WeightSource) -> None:
+    """Write a source's weights as the tensors of a checkpoint, a file each; one is in memory, two while the next is made."""
+    tensors = {
+        f"model.{name}": torch.empty(source.shape(name), dtype=source.dtype(name), device="meta")
+        for name in source.names()
+    }
+    # torch's writer keeps what it has put into a file until the next file; reading ahead it would hold even more.
+    writer = _Writer(str(folder), single_file_per_rank=False, sync_files=False, per_thread_copy_ahead=0)
+    with _plain_errors():
+        dcp.save(tensors, storage_writer=writer, planner=_OneAtATime(source), no_dist=True)
 
 
 class Checkpoint:
@@ -164,6 +193,11 @@ class Checkpoint:
     @property
     def iteration(self) -> int:
         return self.state["progress"]["iteration"]
+
+    @property
+    def is_average(self) -> bool:
+        """Whether it holds what `modelyard average` made: weights alone."""
+        return "averaged" in self.state
 
     @property
     def config(self) -> dict[str, Any]:

@@ -70,8 +70,8 @@ def evaluate_loss(
             else:
                 total += model.loss_sums(list(parts), options)
     parallel.release()
-    loss, _, targets, _ = mesh.total(total, 0.0, targets)
-    return Evaluation(loss / max(targets, 1), targets)
+    totals = mesh.total(total, 0.0, targets)
+    return Evaluation(totals.loss / max(totals.targets, 1), totals.targets)
 
 
 class _InLockStep:

@@ -103,7 +103,9 @@ def export_weights(
                 family=export.format,
                 dtype=DTYPES[export.data_type],
                 tokenizer_folder=tokenizer_folder,
-                reference_folder=reference_folder(Path(config.pretrained.path)) if config.pretrained else None,
+                reference_folder=reference_folder(Path(config.pretrained.path))
+                if config.pretrained
+                else None,
                 sequence_length=config.batch.sequence_length,
                 replace=True,
             )

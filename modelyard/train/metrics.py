@@ -90,6 +90,9 @@ class NoMetrics:
     def write(self, record: dict[str, Any], *, prefix: str) -> None:
         """Nothing: the main process has the same record."""
 
+    def rewind(self, iteration: int) -> None:
+        """Nothing."""
+
     def close(self) -> None:
         """Nothing."""
 
@@ -105,17 +108,28 @@ class MetricsLog:
         self, folder: Path, *, resumed_at: int, tensorboard: bool, complain: Callable[[str], None] = print
     ):
         self.path = folder / "metrics.jsonl"
-        kept = keep_records(self.path, lambda record: record["iteration"] <= resumed_at)
-        self.evaluated = {r["evaluator"] for r in kept if r["iteration"] == resumed_at and "evaluator" in r}
+        self.evaluated: set[str] = set()
         """Evaluators that have their record for the iteration resumed at."""
         self.listeners: list[Callable[[dict[str, Any], str], None]] = []
         """Called with each record and its prefix."""
-        self._file = AppendedFile(self.path, complain)
+        self._tensorboard, self._complain = tensorboard, complain
+        self._open(resumed_at)
+
+    def _open(self, resumed_at: int) -> None:
+        kept = keep_records(self.path, lambda record: record["iteration"] <= resumed_at)
+        self.evaluated = {r["evaluator"] for r in kept if r["iteration"] == resumed_at and "evaluator" in r}
+        self._file = AppendedFile(self.path, self._complain)
         self._board: Board | None = None
-        if tensorboard:
+        if self._tensorboard:
             from modelyard.train.board import Board
 
-            self._board = Board(folder / "tensorboard", first_step=resumed_at + 1, complain=complain)
+            folder = self.path.with_name("tensorboard")
+            self._board = Board(folder, first_step=resumed_at + 1, complain=self._complain)
+
+    def rewind(self, iteration: int) -> None:
+        """Drop what came after `iteration`, as a start from there would."""
+        self.close()
+        self._open(iteration)
 
     def write(self, record: dict[str, Any], *, prefix: str) -> None:
         """Append `record`, which holds `iteration`, with the time [seconds since 1970] beside it.

@@ -121,8 +121,13 @@ def refuse_changes(
 ) -> list[str]:
     """Raise UserError when going on from `checkpoint` under `config` would alter what was already trained.
 
-    With `force` the differences are returned instead, as lines.
+    With `force` the differences are returned instead, as lines. From an average nothing can go on, forced or not.
     """
+    if checkpoint.is_average:
+        raise UserError(
+            f"{checkpoint.folder} is an average of models, without optimizer state: no run can go on from it; move it out of "
+            f"{checkpoint.folder.parent}, and to train from its weights name it as pretrained.path of a new run"
+        )
     old = checkpoint.config
     differences = run_differences(
         old,

@@ -217,30 +217,26 @@ def _loop(run: Run, log: MetricsLog | NoMetrics) -> int:
         done = log.evaluated if training.train_iters else ()
         _side_work(run, log, resumed=True, done=done)
 
-    begin = time.perf_counter()
+    begin, steps = time.perf_counter(), 0
     for result, rate, data_wait in run.steps():
-        seconds = time.perf_counter() - begin
+        seconds, steps = time.perf_counter() - begin, steps + 1
         for sums in (meter, total):
             sums.add(seconds, data_wait, config.batch.tokens)
+        run.health.check(seconds, data_wait)
         console.advance(progress.iteration, result.loss)
-        if training.logs.due(progress.iteration) or (run.finished and training.logs.interval):
-            record = training_record(run, result, rate, meter, peak)
-            log.write(record, prefix="training")
-            pace = total.seconds / (progress.iteration - begin_iteration)
-            seconds_left = pace * (training.train_iters - progress.iteration)
-            console.line(training_line(record, training.train_iters, seconds_left))
-            meter.reset()
-            progress.loss_sum, progress.loss_count = 0.0, 0
-        _side_work(run, log)
+        if run.went_back:
+            log.rewind(progress.iteration)
+        else:
+            if training.logs.due(progress.iteration) or (run.finished and training.logs.interval):
+                record = training_record(run, result, rate, meter, peak)
+                log.write(record, prefix="training")
+                seconds_left = total.seconds / steps * (training.train_iters - progress.iteration)
+                console.line(training_line(record, training.train_iters, seconds_left))
+                meter.reset()
+                progress.loss_sum, progress.loss_count = 0.0, 0
+            _side_work(run, log)
         if run.stop:
-            if run.stop.word:
-                console.line(run.stop.word)
-            run.clock("checkpoint")
-            run.save(wait=True)
-            text = f"stopped after iteration {progress.iteration}"
-            text += "; the same command goes on from there" if run.saved else ", which is not saved"
-            say_end(run, "stopped", text, signal=run.stop.signum)
-            return 128 + (run.stop.signum or 0)
+            break
         if training.shutdown.due(progress.iteration) and not run.finished:
             if not run.saved:
                 raise RunFailed(
@@ -251,6 +247,8 @@ def _loop(run: Run, log: MetricsLog | NoMetrics) -> int:
             )
             return 0
         begin = time.perf_counter()
+    if run.stop:
+        return _stopped(run)
 
     tested = progress.iteration == begin_iteration and "test" in log.evaluated
     if training.test_iters and not tested:
@@ -265,6 +263,21 @@ def _loop(run: Run, log: MetricsLog | NoMetrics) -> int:
         )
     farewell(run)
     return 0
+
+
+def _stopped(run: Run) -> int:
+    """Save and leave, as a signal asked for; the exit status."""
+    if run.stop.word:
+        run.console.line(run.stop.word)
+    if run.progress.iteration:
+        run.clock("checkpoint")
+        run.save(wait=True)
+        text = f"stopped after iteration {run.progress.iteration}"
+        text += "; the same command goes on from there" if run.saved else ", which is not saved"
+    else:
+        text = "stopped before the first iteration"
+    say_end(run, "stopped", text, signal=run.stop.signum)
+    return 128 + (run.stop.signum or 0)
 
 
 def _side_work(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +18,13 @@ from modelyard.config.disk import checkpoint_bytes, export_bytes
 from modelyard.config.layout import layout_of
 from modelyard.config.scales import rate_scales
 from modelyard.config.train import TrainConfig
-from modelyard.data.stream import ids_outside_vocabulary, prefetched
+from modelyard.data.batch import Batch
+from modelyard.data.stream import prefetched
 from modelyard.errors import RunFailed, UserError
 from modelyard.files import (
     complete_or_absent,
     numbered_folders,
     prune,
-    set_aside,
     sync,
 )
 from modelyard.model.decoder import Decoder
@@ -43,47 +43,21 @@ from modelyard.train.build import (
 )
 from modelyard.train.checkpoint import Checkpoint, marked_retention, newest_usable, save_checkpoint
 from modelyard.train.console import Console
-from modelyard.train.data_check import damaged_data, foreign_tokenizers, stores_read
 from modelyard.train.evaluators import Evaluators
 from modelyard.train.events import EventLog
-from modelyard.train.experiment import another_run
 from modelyard.train.folders import NumberedFolders, refuse_without_room
+from modelyard.train.health import Health
 from modelyard.train.optimizer import MOMENTS, Optimizer
 from modelyard.train.phases import PhaseClock
 from modelyard.train.profiling import Profiler
-from modelyard.train.resume import refuse_changes
+from modelyard.train.progress import Progress, Save
 from modelyard.train.saving import Saver, host_copies
 from modelyard.train.schedule import learning_rate
 from modelyard.train.signals import StopSignal
+from modelyard.train.spikes import SpikeWatch, batch_number, documents_of, in_words, set_newer_aside
+from modelyard.train.start import check_data, starting_point
 from modelyard.train.step import StepResult, train_step
 from modelyard.train.weights import DTYPES
-
-
-@dataclass
-class Progress:
-    """How far the run is; everything that a checkpoint holds beside tensors and configuration."""
-
-    iteration: int = 0
-    tokens: int = 0
-    """Positions consumed, padding included."""
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    failed_saves: int = 0
-    """Checkpoints that could not be written, since the beginning."""
-    loss_sum: float = 0.0
-    """Of the steps since the last training record that were not skipped; with `loss_count` the record's `loss_mean`."""
-    loss_count: int = 0
-
-
-@dataclass
-class Save:
-    """A checkpoint on its way."""
-
-    iteration: int
-    seconds: float = 0.0
-    """From the beginning until it was durable."""
-    waited: float = 0.0
-    """Of these training stood still."""
 
 
 class Run:
@@ -108,6 +82,7 @@ class Run:
         self.dtype = DTYPES[config.model.distributed.training_dtype]
         self.loss_options = loss_options(config.model.base_model)
         self.progress = Progress()
+        self.spikes = SpikeWatch(config.training.spikes)
         self.stop = StopSignal(self.world)
         self.events = EventLog(console, kept=self.world.is_main)
         self.clock = PhaseClock(self.device)
@@ -119,14 +94,26 @@ class Run:
         with self.world.together():
             layout = layout_of(config, self.world.size)
             self._open_data()
-            self._check_data(force=force)
+            if self.world.is_main:
+                self.forced = check_data(config, [self.stream, *self.evaluators.streams], force=force)
         settings = config.training.checkpoint
         usable, damaged = newest_usable(
             self.folder / "checkpoint", checksums=settings.checksums, world=self.world
         )
         with self.world.together():
             if self.world.is_main:
-                found = self._starting_point(usable, damaged, force=force)
+                found, forced = starting_point(
+                    config,
+                    architecture,
+                    self.stream.fingerprint,
+                    usable=usable,
+                    damaged=damaged,
+                    events=self.events,
+                    force=force,
+                )
+                self.forced = forced + self.forced
+                for line in self.forced:
+                    console.line(f"forced: {line}")
         # The main process alone judges what is on the disk; the others take what it takes.
         found, self.forced = self.world.tell((found, self.forced))
         checkpoint: Checkpoint | None = None
@@ -163,12 +150,15 @@ class Run:
             scales=scales,
         )
         self.saver = Saver(self.world, asynchronous=settings.asynchronous)
+        self.went_back = False
+        """Whether the last step made the run go back to a checkpoint."""
         self._saved: int | None = None
         self._saving: Save | None = None
         if checkpoint is not None:
             with self.world.together():
                 self._restore(checkpoint)
         self.weights.publish()
+        self.health = Health(self)
 
     def _open_data(self) -> None:
         config, console = self.config, self.console
@@ -182,45 +172,6 @@ class Run:
             stop=self.stop.agree,
             world=self.world,
         )
-
-    def _check_data(self, *, force: bool) -> None:
-        if not self.world.is_main:
-            return
-        streams = [self.stream, *self.evaluators.streams]
-        read = stores_read(streams)
-        if problems := damaged_data(read) + ids_outside_vocabulary(streams):
-            raise UserError(*problems)
-        for stream in streams:
-            stream.describe()  # says what the first block shows: that no document fits in a row
-        self.forced = foreign_tokenizers(self.config, read)
-        if self.forced and not force:
-            raise UserError(*self.forced, "with --force it is trained all the same")
-
-    def _starting_point(self, usable: Path | None, damaged: dict[Path, str], *, force: bool) -> Path | None:
-        """The folder of the checkpoint to go on from; None: from the beginning. Raises UserError where neither may be."""
-        config, architecture = self.config, self.architecture
-        checkpoint = None if usable is None else Checkpoint(usable, verify=False)
-        if damaged and checkpoint is None and not force:
-            raise UserError(
-                *damaged.values(),
-                f"every checkpoint in {self.folder / 'checkpoint'} is damaged; --force sets them aside and starts anew",
-            )
-        foreign = self.forced
-        if checkpoint is not None:
-            self.forced = refuse_changes(
-                checkpoint, config, architecture, self.stream.fingerprint, force=force
-            )
-        elif other := another_run(self.folder, config, architecture, self.stream.fingerprint):
-            if not force:
-                raise UserError(f"{other}; choose another folder, or start over in this one with --force")
-            self.forced = [other]
-        for path, problem in damaged.items():
-            warning = f"warning: checkpoint {path} is damaged ({problem}); set aside as {set_aside(path)}"
-            self.events.add("checkpoint_damaged", int(path.name), warning)
-        self.forced += foreign
-        for line in self.forced:
-            self.console.line(f"forced: {line}")
-        return None if checkpoint is None else checkpoint.folder
 
     @property
     def finished(self) -> bool:
@@ -242,7 +193,8 @@ class Run:
         )
         state = checkpoint.state
         self.optimizer.load_moments(moments, state["optimizer_steps"])
-        self.progress = Progress(**state["progress"])
+        vars(self.progress).update(state["progress"])  # others look at this very object
+        self.spikes.load_state_dict(state.get("spikes", {}))
         self.stream.load_state_dict(state["data"])
         self._saved = self.progress.iteration
 
@@ -280,6 +232,7 @@ class Run:
 
     def _begin_save(self, *, wait: bool) -> None:
         directory, settings = self.folder / "checkpoint", self.config.training.checkpoint
+        self.health.compare()
         begin, iteration = time.perf_counter(), self.progress.iteration
         moments, names = self.optimizer.moments(), self.parallel.own
         master = {name: self.weights.master[name].detach() for name in names}
@@ -297,6 +250,7 @@ class Run:
             "layout": dataclasses.asdict(self.mesh.layout),
             "micro_batch_size": self.config.batch.micro_rows(self.mesh.layout.data),
             "progress": dataclasses.asdict(self.progress),
+            "spikes": self.spikes.state_dict(),
             "optimizer_steps": self.optimizer.steps,
             "architecture": dataclasses.asdict(self.architecture),
             "seed": self.config.model.distributed.seed,
@@ -369,6 +323,7 @@ class Run:
 
         settings, destination = self.config.training.export, self.export_folder
         assert destination is not None
+        self.health.compare()
         directory = destination.parent
         # Where it is replaced, it is from before this run went back to an earlier checkpoint, perhaps with other settings.
         if replace or not self.world.tell(destination.exists()):
@@ -406,44 +361,124 @@ class Run:
     # Steps
 
     def steps(self) -> Iterator[tuple[StepResult, float, float]]:
-        """Train to the last iteration; yields (result, learning rate, seconds waited for data) after each step."""
-        training, batch_config, mesh = self.config.training, self.config.batch, self.mesh
-        clock, data = self.clock, mesh.layout.data
-        ready = prefetched(self.stream, self.progress.iteration, training.train_iters, (mesh.share, data))
-        with closing(ready) as batches:
-            clock("data")
-            for batch, data_wait in batches:
-                clock("other")
-                rate = learning_rate(self.config.optimizer.learning_rate, self.optimizer.steps + 1)
-                with self.profiler.around(self.progress.iteration + 1, clock):
-                    result = train_step(
-                        self.model,
-                        self.weights,
-                        self.optimizer,
-                        self.parallel.local(batch),
-                        learning_rate=rate,
-                        micro_batch_size=batch_config.micro_rows(data),
-                        max_norm=self.config.optimizer.gradient_norm_clipping,
-                        loss_options=self.loss_options,
-                        device=self.device,
-                        mesh=mesh,
-                        phase=clock,
-                        notice=lambda: self.stop.heard is not None or self.saver.ended,
-                    )
-                    clock("other")
-                self.progress.iteration += 1
-                self.progress.tokens += batch_config.tokens
-                if result.notice:
-                    self.stop.agree()
-                    self.land()
-                if result.skipped:
-                    self._count_skip(result.skipped)
-                else:
-                    self.progress.skipped_in_a_row = 0
-                    self.progress.loss_sum += result.loss
-                    self.progress.loss_count += 1
-                yield result, rate, data_wait
+        """Train to the last iteration, or until asked to stop; yields (result, learning rate, seconds waited for data)
+        after each step. After one that made the run go back, `went_back` is set until the next."""
+        batch_config, mesh = self.config.batch, self.mesh
+        clock, rows = self.clock, batch_config.batch_size // mesh.layout.data
+        while not self.finished:
+            with closing(self._batches()) as batches:
                 clock("data")
+                for batch, data_wait in batches:
+                    if batch is None and self.world.is_alone:
+                        return
+                    clock("other")
+                    self.went_back, spike = False, None
+
+                    def judge(loss: float, grad_norm: float) -> str | None:
+                        nonlocal spike
+                        spike = self.spikes.judge(loss, grad_norm)
+                        return None if self.config.training.spikes.policy == "warn" else spike
+
+                    rate = learning_rate(self.config.optimizer.learning_rate, self.optimizer.steps + 1)
+                    with self.profiler.around(self.progress.iteration + 1, clock):
+                        result = train_step(
+                            self.model,
+                            self.weights,
+                            self.optimizer,
+                            self.parallel.local(batch or Batch.empty(rows, batch_config.sequence_length)),
+                            learning_rate=rate,
+                            micro_batch_size=batch_config.micro_rows(mesh.layout.data),
+                            max_norm=self.config.optimizer.gradient_norm_clipping,
+                            loss_options=self.loss_options,
+                            device=self.device,
+                            mesh=mesh,
+                            phase=clock,
+                            notice=lambda: self.stop.heard is not None or self.saver.ended,
+                            judge=judge,
+                            abandon=batch is None,
+                        )
+                        clock("other")
+                    if result.notice or result.abandoned:
+                        self.stop.agree()
+                        self.land()
+                    if result.abandoned:
+                        return
+                    self.progress.iteration += 1
+                    self.progress.tokens += batch_config.tokens
+                    self._after(result, spike)
+                    yield result, rate, data_wait
+                    if self.went_back:
+                        break  # the batches that are being made are not those that come now
+                    clock("data")
+
+    def _batches(self) -> Generator[tuple[Batch | None, float], None, None]:
+        left_out = self.progress.left_out
+        iterations = range(self.progress.iteration, self.config.training.train_iters)
+        return prefetched(
+            self.stream,
+            [batch_number(iteration, left_out) for iteration in iterations] if left_out else iterations,
+            (self.mesh.share, self.mesh.layout.data),
+            give_up=self.stop.asked,
+        )
+
+    def _after(self, result: StepResult, spike: str | None) -> None:
+        """Count the step, and do what is to be done about a spike."""
+        if result.skipped is None:
+            self.progress.skipped_in_a_row = 0
+            self.progress.loss_sum += result.loss
+            self.progress.loss_count += 1
+        if spike is not None:
+            self._say_spike(spike)
+            if self.config.training.spikes.policy == "rollback" and self._roll_back(spike):
+                return
+        if result.skipped is not None:
+            self._count_skip(result.skipped)
+
+    def _say_spike(self, reason: str) -> None:
+        iteration, policy = self.progress.iteration, self.config.training.spikes.policy
+        batch = batch_number(iteration - 1, self.progress.left_out)
+        documents = (
+            documents_of(self.stream, batch, self.config.batch.batch_size) if self.world.is_main else {}
+        )
+        text = f"warning: iteration {iteration}: {reason}; batch {batch} has documents {in_words(documents)}"
+        facts: dict[str, Any] = {"reason": reason, "policy": policy, "batch": batch, "documents": documents}
+        self.events.add("spike", iteration, text, **facts)
+
+    def _roll_back(self, reason: str) -> bool:
+        """Go back to a checkpoint from before the batches that are to be left out; False where there is none."""
+        self.land()
+        settings, directory = self.config.training.spikes, self.folder / "checkpoint"
+        before = dataclasses.replace(self.progress)
+        spike = before.iteration
+        if before.rollbacks >= settings.max_rollbacks:
+            raise RunFailed(
+                f"iteration {spike}: {reason}; the run has gone back {before.rollbacks} times already, as often as "
+                "training.spikes.max_rollbacks allows; lower optimizer.learning_rate.base, or look at the data"
+            )
+        last_good = spike - settings.batches
+        with self.world.together():
+            if self.world.is_main:
+                aside = set_newer_aside(directory, last_good)
+        usable, _ = newest_usable(
+            directory, checksums=self.config.training.checkpoint.checksums, world=self.world
+        )
+        if usable is None:
+            self.console.line("there is no checkpoint to go back to: the step is skipped")
+            return False
+        with self.world.together():
+            self._restore(Checkpoint(usable, verify=False))
+        self.weights.publish()
+        self.progress.rollbacks, self.progress.failed_saves = before.rollbacks + 1, before.failed_saves
+        begin = max(last_good, self.progress.iteration)
+        left_out = [batch_number(iteration, before.left_out) for iteration in range(begin, spike)]
+        self.progress.left_out = sorted({*before.left_out, *left_out})
+        self.went_back = True
+        text = f"going back from iteration {spike} to {usable}, and on without batches {left_out}"
+        if self.world.is_main and aside:
+            text += f"; set aside: {', '.join(map(str, aside))}"
+        facts: dict[str, Any] = {"to": self.progress.iteration, "left_out": left_out}
+        self.events.add("rolled_back", spike, text, **facts)
+        return True
 
     def _count_skip(self, reason: str) -> None:
         self.progress.skipped_steps += 1

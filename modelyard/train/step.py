@@ -42,6 +42,8 @@ class StepResult:
     """Why the weights were left untouched; None when they were updated."""
     notice: bool = False
     """Whether any process has something to say to all."""
+    abandoned: bool = False
+    """Whether a process came without its batch: nothing was done, and the same batch is to come again."""
 
 
 def micro_batches(batch: Batch, rows: int, device: torch.device) -> Iterator[Batch]:
@@ -138,6 +140,8 @@ def train_step(
     mesh: Mesh | None = None,
     phase: Callable[[str], object] = untimed,
     notice: Callable[[], bool] = lambda: False,
+    judge: Callable[[float, float], str | None] = lambda loss, grad_norm: None,
+    abandon: bool = False,
 ) -> StepResult:
     """Train on one global batch; `batch` is this process's share of it, `mesh` where the others are (None: none).
 
@@ -145,7 +149,9 @@ def train_step(
     gradients are summed in fp32 and divided once. A loss or gradient that is not finite leaves weights, moments and the step
     count as they were. `max_norm` 0 turns clipping off. `phase` is called with `forward`, `backward` or `optimizer` where
     each begins; the gradients that the fused cross-entropy makes on its way belong to `forward`. `notice` is asked whether this
-    process has something to say to all (that it was asked to stop); the step is done all the same.
+    process has something to say to all (that it was asked to stop); the step is done all the same. `judge` is shown the loss
+    and the gradient's norm, the same in all processes, and may give a reason to leave the weights as they are. `abandon`:
+    this process comes with an empty batch, because it was asked to stop while it waited for one; no process does the step.
     """
     mesh = mesh or alone(device)
     parts = list(micro_batches(batch, micro_batch_size, device))
@@ -157,24 +163,24 @@ def train_step(
     phase("optimizer")
     weights.finish_gradients()
     gradients = weights.gradients()
-    loss_total, square, targets, noticed = mesh.total(
-        loss, weights.square_norm(), batch.num_targets, notice=notice()
-    )
-    mean_loss = loss_total / max(targets, 1)
-    grad_norm = math.sqrt(square) / max(targets, 1)
+    totals = mesh.total(loss, weights.square_norm(), batch.num_targets, notice=notice(), abandon=abandon)
+    mean_loss = totals.loss / max(totals.targets, 1)
+    grad_norm = math.sqrt(totals.square) / max(totals.targets, 1)
 
     skipped = None
-    if targets == 0:
+    if totals.targets == 0 or totals.abandon:
         skipped = "no trained token in the batch"
     elif not math.isfinite(mean_loss):
         skipped = f"the loss is {mean_loss}"
     elif not math.isfinite(grad_norm):
         skipped = f"the gradient norm is {grad_norm}"
     else:
+        skipped = judge(mean_loss, grad_norm)
+    if skipped is None:
         clip = min(1.0, max_norm / (grad_norm + 1e-6)) if max_norm > 0 else 1.0
         if gradients:  # a process may have nothing but frozen layers
-            torch._foreach_mul_(gradients, clip / targets)
+            torch._foreach_mul_(gradients, clip / totals.targets)
         optimizer.step(learning_rate)
         weights.publish()
     weights.zero_gradients()
-    return StepResult(mean_loss, grad_norm, targets, skipped, noticed)
+    return StepResult(mean_loss, grad_norm, totals.targets, skipped, totals.notice, totals.abandon)

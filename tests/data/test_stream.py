@@ -247,7 +247,7 @@ def test_shares_of_processes_are_the_batch(store):
         shares = [stream.batch(2, (part, processes)) for part in range(processes)]
         rows = torch.cat([share.input_ids for share in shares])
         assert torch.equal(rows, stream.batch(2).input_ids)
-        with closing(prefetched(stream, 2, 3, (processes - 1, processes))) as batches:
+        with closing(prefetched(stream, range(2, 3), (processes - 1, processes))) as batches:
             assert same(next(batches)[0], shares[-1])
     whole = list(stream.one_pass())
     for part in range(3):
@@ -330,7 +330,7 @@ class Slow:
 
 def test_prefetch_in_order_with_waits(store):
     stream = open_stream({"type": "memmap", "path": str(store)})
-    with closing(prefetched(stream, 5, 9)) as batches:
+    with closing(prefetched(stream, range(5, 9))) as batches:
         found = list(batches)
     assert len(found) == 4
     assert all(same(batch, stream.batch(5 + n)) for n, (batch, _) in enumerate(found))
@@ -338,7 +338,7 @@ def test_prefetch_in_order_with_waits(store):
 
 
 def test_prefetch_hides_the_time_and_raises_in_place():
-    batches = prefetched(Slow(), 0, 10)  # type: ignore[arg-type]
+    batches = prefetched(Slow(), range(10))  # type: ignore[arg-type]
     _, first_wait = next(batches)
     assert first_wait >= 0.015
     time.sleep(0.1)  # two more are ready by now
@@ -350,7 +350,7 @@ def test_prefetch_hides_the_time_and_raises_in_place():
 
 def test_prefetch_stops_when_closed():
     slow = Slow()
-    batches = prefetched(slow, 10, 1000, depth=1)  # type: ignore[arg-type]
+    batches = prefetched(slow, range(10, 1000), depth=1)  # type: ignore[arg-type]
     assert next(batches)[0] == 10
     batches.close()
     made = len(slow.made)

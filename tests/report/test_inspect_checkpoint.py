@@ -103,6 +103,8 @@ def test_what_an_experiment_holds(inspect, experiment: Path) -> None:
     assert f"checkpoint {experiment / 'checkpoint' / '2'}" in found.out
     for line in (
         "iteration        2 of 2",
+        "layout           1 process",
+        "stays            while it is among the newest (training.checkpoint.keep)",
         "tokens           512 positions, padding included",
         "optimizer steps  2, 0 skipped",
         "started from     random weights",
