@@ -216,9 +216,9 @@ class ExportConfig(KeptConfig):
 class SpikesConfig(Section):
     """Steps whose loss or gradient norm stands far above those before: what is one, and what is done about it."""
 
-    policy: Literal["off", "warn", "skip", "rollback"] = "warn"
-    """warn: say so, with the documents of the batch. skip: leave the weights untouched by that step, as well. rollback: go back to
-    a checkpoint from before the last `batches` batches, and train on without these."""
+    policy: Literal["ignore", "warn", "skip", "rollback"] = "warn"
+    """ignore: nothing is judged. warn: say so, with the documents of the batch. skip: leave the weights untouched by that
+    step, as well. rollback: go back to a checkpoint from before the last `batches` batches, and train on without these."""
     window: int = Field(default=128, ge=8)
     """How many steps are compared with, in iterations; nothing is judged before there is half of them. They are kept in
     checkpoints."""

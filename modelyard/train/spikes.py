@@ -31,7 +31,7 @@ class SpikeWatch:
 
     def judge(self, loss: float, grad_norm: float) -> str | None:
         """Why this step is a spike; None where it is none. Remembers the step."""
-        if self._settings.policy == "off":
+        if self._settings.policy == "ignore":
             return None
         values = {"loss": loss, "gradient norm": math.log(max(grad_norm, 1e-30))}
         shown = {"loss": loss, "gradient norm": grad_norm}

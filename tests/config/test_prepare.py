@@ -121,8 +121,8 @@ def test_extensions_get_their_dot():
         ({"splits": {"training": -1.0}}, "needs a share above 0"),
         ({"tokenize_workers": 0}, "tokenize_workers: Input should be greater than or equal to 1"),
         ({"tokens_per_shard": 0}, "tokens_per_shard: Input should be greater than or equal to 1"),
-        ({"distributed": {"world_size": 2}}, "preparing over several machines is not supported yet"),
-        ({"distributed": {"rank": 1}}, "rank 1 of world_size 1"),
+        ({"distributed": {"world_size": 2, "rank": 2}}, "rank 2 of world_size 2: ranks are numbered from 0"),
+        ({"distributed": {"rank": 1}}, "rank 1 without a world_size"),
     ],
 )
 def test_refused(changes, message):

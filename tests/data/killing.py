@@ -22,7 +22,9 @@ import time
 
 import modelyard.data.prepare as prepare_module
 from modelyard.config.prepare import PrepareConfig
+from modelyard.data import ranks as ranks_module
 from modelyard.data import sources
+from modelyard.data import stores as stores_module
 
 OPERATIONS = {
     os: ("fsync", "rename", "replace"),
@@ -61,8 +63,8 @@ def run(
     pid = os.fork()
     if pid == 0:
         os.close(read_end)
-        prepare_module.available_cores = lambda: 2
-        prepare_module.SAVE_SECONDS = 0.05 if operation is None else 0.0
+        ranks_module.available_cores = lambda: 2
+        stores_module.SAVE_SECONDS = 0.05 if operation is None else 0.0
         sources.CHUNK_BYTES = 4000
         if operation is not None:
             kill_before(operation)

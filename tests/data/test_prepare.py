@@ -24,7 +24,9 @@ from modelyard.cli import main
 from modelyard.config.prepare import PrepareConfig
 from modelyard.data import columns, sources
 from modelyard.data import prepare as prepare_module
+from modelyard.data import ranks as ranks_module
 from modelyard.data.prepare import prepare, run_prepare
+from modelyard.data.splits import deal
 from modelyard.data.store import TokenStore
 from modelyard.data.tokenizer import load_tokenizer
 from modelyard.errors import UserError
@@ -78,7 +80,7 @@ def test_every_document_once_in_order(tmp_path, texts_file, tokenizer_folder):
     tokenizer = load_tokenizer(tokenizer_folder)
     expected = [[BOS, *tokenizer.encode(text), EOS] for text in TEXTS]
     # The texts repeat themselves, so that documents are followed by their numbers.
-    choice = prepare_module.deal(0, 300, splits, 784569)
+    choice = deal(0, 300, splits, 784569)
     for number, name in enumerate(splits):
         found = documents(tmp_path / "out" / name)
         assert found == [expected[i] for i in np.flatnonzero(choice == number)]
@@ -120,7 +122,7 @@ def test_without_splits(tmp_path, texts_file, tokenizer_folder):
 @pytest.mark.parametrize("name", ["texts.jsonl", "texts.jsonl.gz", "texts.parquet"])
 def test_same_bytes_for_any_number_of_workers(tmp_path, write_jsonl, tokenizer_folder, monkeypatch, name):
     monkeypatch.setattr(sources, "CHUNK_BYTES", 700)
-    monkeypatch.setattr(prepare_module, "available_cores", lambda: 3)
+    monkeypatch.setattr(ranks_module, "available_cores", lambda: 3)
     path = tmp_path / name
     records = [{"text": text, "spans": [[0, i % 3]], "id": str(i)} for i, text in enumerate(TEXTS)]
     if name.endswith(".parquet"):
@@ -404,7 +406,7 @@ def test_too_little(tmp_path, write_jsonl, tokenizer_folder, texts, options, mes
 def test_again_is_already_there_and_something_else_is_refused(
     tmp_path, texts_file, tokenizer_folder, monkeypatch
 ):
-    monkeypatch.setattr(prepare_module, "available_cores", lambda: 2)
+    monkeypatch.setattr(ranks_module, "available_cores", lambda: 2)
     cfg = config(tmp_path, texts_file, tokenizer_folder, splits={"training": 0.9, "validation": 0.1})
     first = make(cfg)
     before = checksums(tmp_path / "out")
@@ -473,7 +475,7 @@ from modelyard.data import sources, workers
 from modelyard.data.prepare import run_prepare
 from modelyard.errors import UserError
 sources.CHUNK_BYTES = 2000
-import modelyard.data.prepare as module
+import modelyard.data.ranks as module
 module.available_cores = lambda: 2
 try:
     run_prepare(PrepareConfig.model_validate(yaml.safe_load(sys.argv[1])))

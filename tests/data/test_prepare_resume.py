@@ -19,9 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from modelyard.config.prepare import PrepareConfig
+from modelyard.data import assemble as assemble_module
 from modelyard.data import output as output_module
 from modelyard.data import prepare as prepare_module
+from modelyard.data import ranks as ranks_module
 from modelyard.data import sources
+from modelyard.data import stores as stores_module
 from modelyard.data.documents import tokenize_chunk
 from modelyard.data.output import STATE
 from modelyard.data.prepare import prepare
@@ -41,8 +44,8 @@ class Stopped(KeyboardInterrupt):
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch) -> None:
     monkeypatch.setattr(sources, "CHUNK_BYTES", 2000)
-    monkeypatch.setattr(prepare_module, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(prepare_module, "available_cores", lambda: 2)
+    monkeypatch.setattr(stores_module, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(ranks_module, "available_cores", lambda: 2)
 
 
 def everything(tmp_path: Path, source: Path, tokenizer: Path, **options: Any) -> PrepareConfig:
@@ -76,7 +79,7 @@ def stop_at(monkeypatch, number: int) -> list[int]:
         seen.append(chunk.begin)
         return tokenize_chunk(job, chunk)
 
-    monkeypatch.setattr(prepare_module, "tokenize_chunk", counted)
+    monkeypatch.setattr(assemble_module, "tokenize_chunk", counted)
     return seen
 
 
@@ -148,7 +151,7 @@ def test_killed_at_random_times(tmp_path, write_jsonl, tokenizer_folder, monkeyp
     source = write_jsonl(
         [record | {"text": " ".join(TEXTS[i : i + 20])} for i, record in enumerate(RECORDS)] * 3
     )
-    monkeypatch.setattr(prepare_module, "SAVE_SECONDS", 10.0)
+    monkeypatch.setattr(stores_module, "SAVE_SECONDS", 10.0)
     cfg = everything(tmp_path, source, tokenizer_folder)
     make(cfg.model_copy(update={"output_path": tmp_path / "whole"}))
     moments = random.Random(3)
@@ -162,7 +165,7 @@ def stopped(cfg: PrepareConfig, monkeypatch, chunks: int) -> None:
     stop_at(monkeypatch, chunks)
     with pytest.raises(Stopped):
         make(cfg)
-    monkeypatch.setattr(prepare_module, "tokenize_chunk", tokenize_chunk)
+    monkeypatch.setattr(assemble_module, "tokenize_chunk", tokenize_chunk)
 
 
 def test_something_else_does_not_go_on_and_loses_nothing(

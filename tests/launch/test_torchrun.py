@@ -6,52 +6,64 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
+from modelyard.launch.command import Node
 from modelyard.launch.rank import RankFiles
-from modelyard.launch.torchrun import _first, _status
+from modelyard.launch.torchrun import launch
 from tests.conftest import ROOT
 
 PROGRAM = """\
 import os, signal, sys, time
 from pathlib import Path
 
-rank, what = int(os.environ["RANK"]), sys.argv[1]
+rank, what, start = int(os.environ["RANK"]), sys.argv[1], int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 def stop(signum, frame):
     time.sleep(1.0 * (rank == 0))  # the one that saves takes longer
     Path(f"stopped-{rank}").write_text(str(signum))
     sys.exit(128 + signum)
 
-for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
     if signal.getsignal(signum) != signal.SIG_IGN:
         signal.signal(signum, stop)
 Path(f"{rank}.id").write_text(str(os.getpid()))
 print("rank", rank, "of", os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"], os.environ["OMP_NUM_THREADS"], flush=True)
+Path(f"{rank}.{start}").touch()
+while rank and not Path(f"0.{start}").exists():
+    time.sleep(0.01)
 if what == "wait":
     while True:
         time.sleep(0.05)
 if rank == 1 and what == "refuse":
     print("error: a line of my own", file=sys.stderr)
     sys.exit(2)
-if rank == 1 and what == "die":
+if rank == 1 and (what == "die" or (what == "die twice" and start < 2)):
     os.kill(os.getpid(), signal.SIGKILL)
-if what in ("refuse", "die"):
+if rank == 1 and what == "fail":
+    sys.exit(1)
+if what in ("refuse", "die", "fail") or (what == "raise" and rank == 0) or (what == "die twice" and start < 2):
     time.sleep(30)
-if what == "raise":
+if what == "raise" and rank == 1:
     raise ValueError("out of my hands")
 """
-LAUNCH = "import sys; from modelyard.launch.torchrun import launch; raise SystemExit(launch(2, 'program', sys.argv[1:]))"
+LAUNCH = """\
+import sys
+from modelyard.launch.command import Node
+from modelyard.launch.torchrun import launch
+raise SystemExit(launch(Node(2, restarts=int(sys.argv[1])), 'program', sys.argv[2:]))
+"""
 
 
-def started(folder: Path, what: str, prefix: str = "") -> subprocess.Popen[str]:
+def started(folder: Path, what: str, prefix: str = "", restarts: int = 0) -> subprocess.Popen[str]:
     (folder / "program.py").write_text(PROGRAM)
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     return subprocess.Popen(
-        [sys.executable, "-c", prefix + LAUNCH, what],
+        [sys.executable, "-c", prefix + LAUNCH, str(restarts), what],
         cwd=folder,
         env=environment | {"PYTHONPATH": f"{ROOT}:{folder}", "TMPDIR": str(folder)},
         stdout=subprocess.PIPE,
@@ -80,6 +92,49 @@ def test_statuses(tmp_path: Path, what: str, status: int, said: str) -> None:
     assert err.startswith(said)
     assert err.count("\n") == bool(said), err  # one line, and nothing of torchrun's
     assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("what", "restarts", "status", "said"),
+    [
+        ("die twice", 3, 0, ["restarting (1 of 3): rank 1 was killed by SIGKILL", "restarting (2 of 3): rank 1 was killed by SIGKILL"]),
+        ("die", 1, 137, ["restarting (1 of 1): rank 1 was killed by SIGKILL", "error: rank 1 was killed by SIGKILL, perhaps because memory ran out; it last wrote: rank 1 of 2 1 "]),
+        ("raise", 1, 1, ["restarting (1 of 1): rank 1 ended with status 1; it last wrote: ValueError: out", "error: rank 1 ended with status 1; it last wrote: ValueError: out"]),
+        ("refuse", 3, 2, ["error: rank 1 ended with status 2; it last wrote: error: a line of my own"]),
+        ("fail", 3, 1, ["error: rank 1 ended with status 1; it last wrote: rank 1 of 2 1 "]),
+    ],
+)  # fmt: skip
+def test_restarts(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    what: str,
+    restarts: int,
+    status: int,
+    said: list[str],
+) -> None:
+    """What a restart can mend is restarted; what the program answers, to the user or for all ranks alike, is not."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{tmp_path}")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("OMP_NUM_THREADS", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "TORCHELASTIC_SIGNALS_TO_HANDLE"):
+        monkeypatch.setenv(name, "1")  # and as it was afterwards
+    assert launch(Node(2, restarts=restarts), "program", [what]) == status
+    out, err = capfd.readouterr()
+    assert out.count("rank 0 of 2 0 ") == len([line for line in said if line.startswith("restarting")]) + 1
+    lines = err.splitlines()
+    assert [line[: len(start)] for line, start in zip(lines, said, strict=True)] == said
+    assert left_over(tmp_path) == []
+
+
+def test_a_signal_is_no_failure(tmp_path: Path) -> None:
+    process = started(tmp_path, "wait", restarts=3)
+    ranks_of(tmp_path, process)
+    process.send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out.count("rank 0 of 2 0 "), err) == (138, 1, "")
+    assert [(tmp_path / f"stopped-{rank}").read_text() for rank in range(2)] == ["10", "10"]
 
 
 def ranks_of(folder: Path, process: subprocess.Popen[str]) -> list[int]:
@@ -144,13 +199,13 @@ def one_rank(folder: Path, what: str) -> tuple[int, str, str]:
 
 
 def test_an_exception_is_the_ranks_own(tmp_path: Path) -> None:
-    code, _, err = one_rank(tmp_path, "raise")
+    code, _, err = one_rank(tmp_path, "raise", rank=1)
     assert code == 1
     assert err.startswith("Traceback")
     assert err.endswith("ValueError: out of my hands\n")
     farewell = RankFiles(tmp_path, 0).farewell()
     assert farewell is not None
-    assert farewell[0] == 1
+    assert (farewell.status, farewell.final) == (1, False)
 
 
 def test_a_signal_before_there_are_ranks(tmp_path: Path) -> None:
@@ -160,49 +215,7 @@ def test_a_signal_before_there_are_ranks(tmp_path: Path) -> None:
     files = RankFiles(tmp_path, 0)
     farewell = files.farewell()
     assert farewell is not None
-    assert farewell[0] == 143
-    assert _status([files], {}) == 143
-
-
-def test_what_rank_0_has_said_too_is_not_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ranks = [RankFiles(tmp_path, rank) for rank in range(2)]
-    ranks[1].output.write_text("error: the same line\n")
-    for status, said in (
-        (2, ""),
-        (1, "error: rank 1 ended with status 1; it last wrote: error: the same line\n"),
-    ):
-        ranks[1].say_farewell(status)
-        ranks[0].say_farewell(status)
-        assert _status(ranks, {0: status, 1: status}) == status
-        assert capsys.readouterr().err == said
-    ranks[1].output.write_text("Traceback\nrank 1: no progress for 60 s in forward of iteration 3\n")
-    assert _status(ranks, {0: 1, 1: 1}) == 1
-    assert capsys.readouterr().err == "error: rank 1: no progress for 60 s in forward of iteration 3\n"
-
-
-def test_the_rank_that_failed_first() -> None:
-    """Of several: one that was killed; else the earliest; SIGTERM is what torchrun ends the others with."""
-    late, early, gone = (1, 20.0), (3, 10.0), None
-    assert _first([late, early, gone], {0: 1, 1: 3, 2: -9}) == 2
-    assert _first([late, early, gone], {0: 1, 1: 3, 2: -15}) == 1
-    assert _first([late, gone, gone], {1: -15, 2: -11, 0: 1}) == 2
-    assert _first([late, gone, early], {0: 1, 1: 1, 2: 3}) == 2
-    assert _first([(0, 1.0), gone], {1: -15}) == 1
-
-
-def test_a_killed_rank_says_where_its_words_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    ranks = [RankFiles(tmp_path, rank) for rank in range(2)]
-    log = tmp_path / "run" / "logs" / "rank-1.txt"
-    log.parent.mkdir(parents=True)
-    log.write_text("begun\nIllegal instruction\n\n")
-    ranks[1].output.symlink_to(log)
-    ranks[0].say_farewell(1)
-    assert _status(ranks, {0: 1, 1: -4}) == 132
-    expected = "error: rank 1 was killed by SIGILL; what it wrote is in run/logs/rank-1.txt\n"
-    assert capsys.readouterr().err == expected
+    assert (farewell.status, farewell.final) == (143, True)
 
 
 def test_what_a_rank_writes_goes_to_a_file(tmp_path: Path) -> None:

@@ -1,11 +1,23 @@
+from __future__ import annotations
+
+import os
 import signal
 import subprocess
 import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from modelyard.data.stream import DataStream
 from modelyard.parallel.world import World
+from modelyard.train.run import train
 from modelyard.train.signals import StopSignal
+from tests.parallel.processes import run_distributed
+from tests.train.helpers import lines, loaded, losses
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -63,3 +75,94 @@ def test_a_launcher_passes_on_what_the_ranks_got_too(monkeypatch: pytest.MonkeyP
     now[0] += 0.2
     stop._handle(signal.SIGTERM, None)
     assert left == [128 + signal.SIGTERM]
+
+
+def stopped_while_data_is_late(hears: int | None, late: int, *keys: str) -> tuple[int, float]:
+    """Train where the process `late` waits for its batch of iteration 4 for ever, and `hears` is sent SIGTERM then (None:
+    the same). Exit status, and the seconds from the signal to the end."""
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    sent: list[float] = []
+
+    def send() -> None:
+        time.sleep(0.3)  # the others are on their way into the step by then
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    read = DataStream.batch
+
+    def batch(self: DataStream, index: int, share: Any = (0, 1)) -> Any:
+        if index == 3 and self.name == "training":
+            if rank == hears:
+                threading.Thread(target=send, daemon=True).start()
+            if rank == late:
+                threading.Event().wait()
+        return read(self, index, share)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DataStream, "batch", batch)
+        status = train(loaded(*keys))
+    return status, time.monotonic() - sent[0] if sent else 0.0
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(
+    ("hears", "late", "layout"),
+    [(0, 1, ""), (1, 1, ""), (1, 0, "tensor_parallel"), (0, 1, "pipeline_parallel")],
+)
+def test_one_that_waits_for_data_stops_with_the_others(hears: int, late: int, layout: str) -> None:
+    """Whoever hears the signal: iteration 3 is saved, and its checkpoint is gone on from as if nothing had been."""
+    keys = ["training.train_iters=6", "training.checkpoint.interval=null"]
+    keys += (
+        [
+            f"model.distributed.{layout}=2",
+            "model.base_model.transformer={num_layers: 2, head_groups: 2}",
+            "batch.micro_batch_size=2",
+        ]
+        if layout
+        else []
+    )
+    found = run_distributed(stopped_while_data_is_late, 2, hears, late, *keys)
+    assert [status for status, _ in found] == [143, 143]
+    assert all(seconds < 5 for _, seconds in found)
+    assert [path.name for path in Path("run/checkpoint").iterdir()] == ["3"]
+    assert lines("run/events.jsonl")[-1]["event"] == "stopped"
+    if layout:
+        return
+    assert run_distributed(trained, 2, *keys) == [0, 0]
+    assert run_distributed(trained, 2, *keys, "run.experiment_dir=never") == [0, 0]
+    assert losses("run") == losses("never")
+
+
+def trained(*keys: str) -> int:
+    return train(loaded(*keys))
+
+
+@pytest.mark.usefixtures("tiny")
+def test_alone_a_wait_for_data_is_no_reason_to_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    status, seconds = stopped_while_data_is_late(0, 0, "training.train_iters=6")
+    assert status == 143
+    assert seconds < 5
+    assert Path("run/checkpoint/3").is_dir()
+
+
+def evaluating(*keys: str) -> int:
+    """Rank 1 is sent SIGUSR1 in the evaluation after iteration 2."""
+    rank = torch.distributed.get_rank()
+    read = DataStream.batch
+
+    def batch(self: DataStream, index: int, share: Any = (0, 1)) -> Any:
+        if self.name == "held_out" and index == 1 and rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return read(self, index, share)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DataStream, "batch", batch)
+        return train(loaded(*keys))
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_signal_in_an_evaluation_is_heard_between_its_batches(capfd: pytest.CaptureFixture[str]) -> None:
+    entry = "training.evaluators={held_out: {interval: 2, evaluator: {iterations: 1000}}}"
+    assert run_distributed(evaluating, 2, entry, "training.checkpoint.interval=null") == [138, 138]
+    assert "rank 1 got SIGUSR1: saving after this iteration, then leaving" in capfd.readouterr().out
+    assert [path.name for path in Path("run/checkpoint").iterdir()] == ["2"]
