@@ -85,6 +85,15 @@ class Mesh:
         """Whether this process speaks for its tokens: each token of the batch has one such process."""
         return self.place("pipeline") == 0 and self.place("tensor") == 0
 
+    def all_have(self, batch: bool) -> bool:
+        """Whether every process that this one shares its rows with by tensor parallelism has its `batch`: what they
+        exchange depends on what is in it. Only the host waits."""
+        if self.size("tensor") == 1 or not self.is_distributed:
+            return batch
+        there = torch.tensor(int(batch))
+        dist.all_reduce(there, dist.ReduceOp.MIN, group=self.group("tensor"))
+        return bool(there)
+
     def total(
         self,
         loss: Tensor | float,

@@ -371,6 +371,8 @@ class Run:
                 for batch, data_wait in batches:
                     if batch is None and self.world.is_alone:
                         return
+                    if not mesh.all_have(batch is not None):
+                        batch = None
                     clock("other")
                     self.went_back, spike = False, None
 
