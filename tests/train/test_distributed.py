@@ -264,3 +264,21 @@ def test_what_the_main_process_refuses_all_refuse() -> None:
         "saved",
         "finished",
     ]
+
+
+@pytest.mark.parametrize(("processes", "rows"), [(1, 1), (1, 2), (2, 1)])
+def test_going_on_with_other_micro_batches_is_the_same_run(processes: int, rows: int) -> None:
+    """Saved with 4 rows at once, gone on with fewer: the remaining batches and what they do to the weights are the same."""
+    keys = (*EXACT, "training.train_iters=6")
+    assert train(loaded(*keys)) == 0
+    again = "run.experiment_dir=again"
+    assert train(loaded(*EXACT, again, "training.train_iters=3")) == 0
+    fewer = (*keys, again, f"batch.micro_batch_size={rows}")
+    if processes == 1:
+        assert train(loaded(*fewer)) == 0
+    else:
+        assert run_distributed(trained, processes, *fewer) == [0] * processes
+    assert losses("again") == pytest.approx(losses("run"), rel=1e-12)
+    mine, theirs = tensors("again/checkpoint/6"), tensors("run/checkpoint/6")
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(mine[name], tensor, rtol=1e-9, atol=1e-12, msg=name)
