@@ -3,7 +3,10 @@
 Saves and loads a whole checkpoint (weights and AdamW's two moments in fp32, as `modelyard train` does, checksums
 included) and writes and reads as many bytes of one plain file on the same disk, in turn; the median of the rounds
 counts. Written data is on the disk when its time ends (fsync); reads come from the disk (the pages are dropped before).
-A save is synchronous: what it takes is what training waits.
+
+Then the same beside the training, as `training.checkpoint.asynchronous` does it: how long training waits (for the copy in
+memory), and how long until the checkpoint is durable; against torch's own `dcp.async_save` of the same tensors, which
+makes no checksums, no manifest and no rename.
 
     python benchmarks/checkpoint.py [--parameters 130] [--rounds 3] [--folder DIR]
 
@@ -21,14 +24,19 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import write_result
 from modelyard.config.architecture import Architecture
+from modelyard.parallel.world import World
 from modelyard.train.checkpoint import Checkpoint, save_checkpoint
+from modelyard.train.saving import HostCopies, Saver
 
 PIECE = 16 * 2**20
 
@@ -70,6 +78,42 @@ def read_plain(path: Path) -> None:
             pass
 
 
+Tensors = dict[str, torch.Tensor]
+COPIES = HostCopies()
+"""Of a run there is one; the first time it has to get its memory."""
+
+
+def saved_beside(
+    place: Path, weights: Tensors, moments: Tensors, state: dict[str, Any]
+) -> tuple[float, float]:
+    """Seconds until training goes on, and until the checkpoint is durable."""
+    saver = Saver(World(), asynchronous=True)
+    begin = time.perf_counter()
+    parameters, copied = COPIES.of(weights), COPIES.of(moments)
+
+    def write(world: World) -> None:
+        save_checkpoint(place, parameters=parameters, moments=copied, state=state, config={}, world=world)
+
+    saver.start(write, wait=False)
+    waited = time.perf_counter() - begin
+    saver.finish()
+    return waited, time.perf_counter() - begin
+
+
+def torch_saves_beside(
+    place: Path, weights: Tensors, moments: Tensors, _state: dict[str, Any]
+) -> tuple[float, float]:
+    """The same of torch's own asynchronous save."""
+    if not dist.is_initialized():
+        store = dist.FileStore(tempfile.mktemp(), 1)
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    begin = time.perf_counter()
+    future = dcp.async_save({**weights, **moments}, checkpoint_id=place)
+    waited = time.perf_counter() - begin
+    future.result()
+    return waited, time.perf_counter() - begin
+
+
 def measure(folder: Path, millions: int, rounds: int) -> dict[str, float]:
     """Medians in seconds: save, load, plain write, plain read; and the checkpoint's size in bytes."""
     weights = parameters_of(millions)
@@ -97,6 +141,11 @@ def measure(folder: Path, millions: int, rounds: int) -> dict[str, float]:
         times["load"].append(seconds(lambda: Checkpoint(place).load_into(tensors)))
         times["plain read"].append(seconds(lambda: read_plain(plain / "file")))
         shutil.rmtree(place)
+        for name, save_beside in (("ours", saved_beside), ("async_save", torch_saves_beside)):
+            waited, whole = save_beside(place, weights, moments, state)
+            times.setdefault(f"{name}: training waits", []).append(waited)
+            times.setdefault(f"{name}: durable after", []).append(whole)
+            shutil.rmtree(place)
     return {name: statistics.median(values) for name, values in times.items()} | {"bytes": float(size)}
 
 
@@ -125,7 +174,10 @@ def main() -> None:
     for name, plain in (("save", "plain write"), ("load", "plain read")):
         print(f"{name:<12} {found[name]:>8.2f} {megabytes / found[name]:>8,.0f} {megabytes / found[plain]:>11,.0f} "
               f"{found[plain] / found[name]:>6.2f}")  # fmt: skip
-    print(f"training waits {found['save']:.2f} s for a save")
+    print(f"training waits {found['save']:.2f} s for a save that it waits for; beside the training:")
+    print(f"{'':<12} {'waits':>8} {'durable after':>14}")
+    for name in ("ours", "async_save"):
+        print(f"{name:<12} {found[f'{name}: training waits']:>8.2f} {found[f'{name}: durable after']:>14.2f}")
     print(f"wrote {write_result('checkpoint', {'parameters': options.parameters, **found})}")
 
 

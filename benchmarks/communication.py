@@ -185,7 +185,7 @@ def expected(case: Case) -> Iterator[Term]:
             matrices = 2 * layout.replicate * shape.vocab_size * shape.hidden_size
             why = "the tied matrix's gradient, first stage to last and back"
             yield Term(("pipeline", "send"), why, 2 * everyone, F * matrices)
-    sums = 2 * 4 * 8 * _ring(layout.world)
+    sums = 2 * 5 * 8 * _ring(layout.world)
     yield Term(("step", "all-reduce"), "loss, norm, targets, stop", layout.world, layout.world * sums)
 
 

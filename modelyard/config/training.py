@@ -175,8 +175,8 @@ class CheckpointConfig(KeptConfig):
     """Every how many iterations a short-lived checkpoint is saved beside those of `interval`, so that less is lost when a
     run is killed: it goes once there is a newer one of any kind. null: none."""
     asynchronous: bool = True
-    """Whether training goes on while a checkpoint is written, and waits for its copy in memory alone. On a CPU the copy
-    takes as much memory again as weights and optimizer state, until it is written."""
+    """Whether training goes on while a checkpoint is written, and waits for its copy in memory alone. The copy
+    takes as much of the host's memory as weights and optimizer state, from the first such save on."""
     checksums: Literal["auto"] | bool = "auto"
     """Whether the files of a checkpoint that a run goes on from are compared with their checksums, by all processes
     together, or only their sizes. auto: up to 4 GiB."""

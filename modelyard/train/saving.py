@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections.abc import Callable, Mapping
 
@@ -12,31 +11,25 @@ from torch import Tensor
 from modelyard.parallel.world import World
 
 
-def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in the host's memory, which training does not touch any more.
+class HostCopies:
+    """Copies of tensors in the host's memory, pinned where they come from a GPU.
 
-    Of tensors on a GPU they are pinned. Those of the host lie in a mapping of their own, which goes back to the system with
-    the last of them: what is freed otherwise stays with the process (`train.allocator`), and this is much.
+    The memory is kept for the next time: it has to be there at every save, and fresh pages take longer than the copy.
     """
-    sizes = {name: -(-tensor.nbytes // _ALIGNED) * _ALIGNED for name, tensor in tensors.items()}
-    on_gpu = any(tensor.is_cuda for tensor in tensors.values())
-    memory = None if on_gpu or not sum(sizes.values()) else mmap.mmap(-1, sum(sizes.values()))
-    copies, offset = {}, 0
-    for name, tensor in tensors.items():
-        if memory is None or not tensor.numel():
-            copy = torch.empty_like(tensor, device="cpu", pin_memory=on_gpu, requires_grad=False)
-        else:
-            copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
-            copy = copy.view(tensor.shape)
-        copies[name] = copy.copy_(tensor.detach(), non_blocking=True)
-        offset += sizes[name]
-    if on_gpu:
-        torch.cuda.current_stream().synchronize()
-    return copies
 
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
 
-_ALIGNED = 64
-"""Bytes that a tensor begins at a multiple of."""
+    def of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of these, by name, which stay as they are until the next call."""
+        on_gpu = any(tensor.is_cuda for tensor in tensors.values())
+        for name, tensor in tensors.items():
+            if name not in self._kept:
+                self._kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
+            self._kept[name].copy_(tensor.detach(), non_blocking=True)
+        if on_gpu:
+            torch.cuda.current_stream().synchronize()
+        return {name: self._kept[name] for name in tensors}
 
 
 class Saver:

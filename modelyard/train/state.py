@@ -51,7 +51,7 @@ from modelyard.train.optimizer import MOMENTS, Optimizer
 from modelyard.train.phases import PhaseClock
 from modelyard.train.profiling import Profiler
 from modelyard.train.progress import Progress, Save
-from modelyard.train.saving import Saver, host_copies
+from modelyard.train.saving import HostCopies, Saver
 from modelyard.train.schedule import learning_rate
 from modelyard.train.signals import StopSignal
 from modelyard.train.spikes import SpikeWatch, batch_number, documents_of, in_words, set_newer_aside
@@ -149,7 +149,7 @@ class Run:
             epsilon=optimizer.epsilon,
             scales=scales,
         )
-        self.saver = Saver(self.world, asynchronous=settings.asynchronous)
+        self.saver, self.copies = Saver(self.world, asynchronous=settings.asynchronous), HostCopies()
         self.went_back = False
         """Whether the last step made the run go back to a checkpoint."""
         self._saved: int | None = None
@@ -237,9 +237,9 @@ class Run:
         moments, names = self.optimizer.moments(), self.parallel.own
         master = {name: self.weights.master[name].detach() for name in names}
         if not wait:
-            master = host_copies(master)
+            master = self.copies.of(master)
             keys = [f"{name}.{moment}" for name in names for moment in MOMENTS]
-            moments = host_copies({key: moments[key] for key in keys})
+            moments = self.copies.of({key: moments[key] for key in keys})
         parameters, parts = self._parts(master, moments, names)
         retention = settings.retention(iteration)
         state = {

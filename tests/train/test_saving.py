@@ -19,7 +19,7 @@ from modelyard.files import synced_facts
 from modelyard.parallel.world import World
 from modelyard.train.checkpoint import Checkpoint, marked_retention, save_checkpoint
 from modelyard.train.run import train
-from modelyard.train.saving import Saver, host_copies
+from modelyard.train.saving import HostCopies, Saver
 from tests.parallel.processes import run_distributed
 from tests.train.helpers import lines, loaded, losses, new_run
 
@@ -54,12 +54,17 @@ def test_copies_are_equal_and_independent() -> None:
         "e": torch.randn(3).bfloat16(),
     }
     before = {name: tensor.clone() for name, tensor in tensors.items()}
-    copies = host_copies(tensors)
+    kept = HostCopies()
+    copies = kept.of(tensors)
     for tensor in tensors.values():
         tensor.zero_()
     assert all(torch.equal(copies[name], before[name]) for name in tensors)
     assert {name: copy.dtype for name, copy in copies.items()} == {n: t.dtype for n, t in before.items()}
-    assert host_copies({}) == {}
+    assert kept.of({}) == {}
+    place = copies["a"].data_ptr()
+    again = kept.of(tensors)
+    assert again["a"].data_ptr() == place
+    assert again["a"].sum() == 0
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +89,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch: pytest.Monk
     assert events == [("started", 0), ("saved", 2), ("saved", 6), ("finished", 6)]
     saved = lines("run/events.jsonl")[1]
     assert saved["waited"] < saved["seconds"]
-    assert "(training waited 0.0 s)" in saved["text"]
+    assert "(training waited " in saved["text"]
 
     assert train(loaded(*keys, "training.checkpoint.asynchronous=no", "run.experiment_dir=there")) == 0
     assert losses("run") == losses("there")
