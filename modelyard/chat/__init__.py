@@ -1,0 +1,1 @@
+"""Conversations: messages → typed segments → tokens that know what they are."""

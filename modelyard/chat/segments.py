@@ -1,0 +1,66 @@
+"""A rendered conversation: pieces of text that each are one thing, and what of them is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from modelyard.chat.conversation import ROLES, Role
+
+
+class Kind(IntEnum):
+    """What a token of a conversation is."""
+
+    BEGIN = 0
+    """Begin of the sequence."""
+    HEADER = 1
+    """Says whose message begins; of the assistant it is what a prompt for an answer ends in."""
+    CONTENT = 2
+    TOOL_CALL = 3
+    TOOL_RESULT = 4
+    TERMINATOR = 5
+    """Ends a message; what the model says when it has said all."""
+    SEPARATOR = 6
+    """Stands between messages and is never sampled."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    text: str
+    kind: Kind
+    role: Role | None = None
+    special: bool = False
+    """Whether `text` is one token of the vocabulary, not text to be cut into tokens."""
+    trained: bool = True
+    """False in a message that is left out of the loss."""
+
+
+_TRAINED_KINDS = (Kind.CONTENT, Kind.TOOL_CALL, Kind.TERMINATOR)
+_NO_ROLE = len(ROLES)
+_UNTRAINED = 1 << 6
+
+
+def lane_value(segment: Segment) -> int:
+    """A byte for each token of the segment: its kind (3 bits), whose it is (3 bits), whether its message is left out."""
+    role = _NO_ROLE if segment.role is None else ROLES.index(segment.role)
+    return segment.kind | role << 3 | (0 if segment.trained else _UNTRAINED)
+
+
+def kind_of(value: int) -> Kind:
+    return Kind(value & 7)
+
+
+def role_of(value: int) -> Role | None:
+    number = value >> 3 & 7
+    return None if number == _NO_ROLE else ROLES[number]
+
+
+def sft_values() -> frozenset[int]:
+    """The bytes of tokens that fine-tuning trains on: the assistant's content, calls and terminators."""
+    return frozenset(lane_value(Segment("", kind, "assistant")) for kind in _TRAINED_KINDS)
+
+
+def text_of(segments: Sequence[Segment]) -> str:
+    """The whole as one text."""
+    return "".join(segment.text for segment in segments)
