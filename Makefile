@@ -43,7 +43,7 @@ bench: $(READY)
 	for name in train_step prepare start_up checkpoint; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/tables.py --write
 
-# Kills, damage, mutated configs and mistakes; about three minutes.
+# Kills, damage, mutated configs and mistakes; about half an hour.
 faults: $(READY)
 	$(BIN)/python benchmarks/faults.py --write-docs
 	$(BIN)/python benchmarks/bad_input.py --write-docs

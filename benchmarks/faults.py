@@ -1,17 +1,19 @@
 """Try to break it: kills, damage on the disk, and configs that nobody meant. What is lost?
 
-    python benchmarks/faults.py [--only kills|damage|fuzz] [--kills 100] [--fuzz 2000] [--seed 0] [--write-docs]
+    python benchmarks/faults.py [--only kills|ranks|damage|fuzz] [--kills N] [--fuzz 2000] [--seed 0] [--write-docs]
 
 - kills: a small real run (Python's own standard library as text) is killed with -9 in every phase, and started again
   without a hand, until it has ended: weights, optimizer, every logged loss and sample, and every folder that reads as
   complete must be bit-equal to those of a run never stopped.
+- ranks: runs in several processes, in nine layouts, lose one rank, all of them or their launcher, and go on by elastic
+  restarts, by the same command, or by another layout: as above; after a change of layout losses within fp32 rounding.
 - damage: each file of a checkpoint and of a token store is cut, flipped, emptied, removed, made unreadable: found and
   named before a step is taken, and the newest good checkpoint used where there is one.
 - fuzz: configs of the examples (and of ../shared/configs where that is) changed at random: valid, or a clear line and
   exit status 2; no traceback, no hang, nothing written.
 
 Prints how many were tried, survived and lost, and the seed that repeats them; exit status 1 when something was lost.
-Writes benchmarks/results/faults.json, and with `--write-docs` the table of docs/faults.md. One core, about ten minutes.
+Writes benchmarks/results/faults.json, and with `--write-docs` the table of docs/faults.md. Two cores, about half an hour.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from benchmarks.faults_kills import PROCESSES, run_kills  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "faults.json"
 DOCS = ROOT / "docs" / "faults.md"
+KILLS, KILLS_OF_RANKS = 100, 60
 AS_PROCESSES = 50
 """Every how many mutated configs one is also given to the program in a process of its own."""
 
@@ -109,6 +112,38 @@ PHASE_WORDS = {
 }
 
 
+def ranks(number: int, seed: int, place: Path, data: Path, layout: str | None) -> tuple[Rows, dict[str, Any]]:
+    """The rows, and by layout how many kills there were; the furthest that a loss was after moves."""
+    from benchmarks.faults_ranks import ALLOWED, run_ranks
+
+    rows: Rows = {}
+    layouts: Counter[str] = Counter()
+    furthest = 0.0
+    for kill in run_ranks(number, seed, place, data, only=layout):
+        what = f"{kill.number} of {number}, seed {seed}, {kill.victim}, aimed at {kill.wanted}, in {kill.hit}"
+        again = "moves" if kill.moved_to else kill.layout
+        repeat = f"--only ranks --kills {number} --seed {seed} --layout '{again}'"
+        report("kill", f"{what}, {kill.layout} ({repeat})", kill.lost)
+        row = f"{kill.victim}, {RANK_PHASES[kill.hit]}"
+        count(rows, MOVED if kill.moved_to else row, kill.lost)
+        layouts[kill.layout] += not kill.moved_to
+        furthest = max(furthest, kill.furthest or 0.0)
+    in_order = {name: rows[name] for name in sorted(rows, key=lambda name: (name == MOVED, name))}
+    facts = {"layouts": dict(+layouts), "furthest_after_moves": furthest, "allowed_after_moves": ALLOWED}
+    return in_order, facts
+
+
+MOVED = "the launcher, then started again in another layout"
+RANK_PHASES = {
+    "start": "while starting",
+    "load": "while loading",
+    "step": "in a step or an evaluation",
+    "save": "while writing a checkpoint",
+    "prune": "while removing an older checkpoint or export",
+    "export": "while writing an export",
+}
+
+
 def damage(place: Path, data: Path, *, few: bool = False) -> Rows:
     from benchmarks.faults_damage import run_damages
 
@@ -139,6 +174,7 @@ def fuzz(number: int, seed: int, place: Path) -> Rows:
 
 TITLES = {
     "kills": "kill -9, then started again",
+    "ranks": "kill -9 of ranks and launchers of several processes",
     "damage": "damage on the disk",
     "fuzz": "configs changed at random",
 }
@@ -170,30 +206,46 @@ def write_docs(results: dict[str, Any]) -> None:
         f"`python benchmarks/faults.py`, {results['date']}, seed {results['seed']}, torch {results['torch']}, "
         f"{results['device']}:"
     )
-    DOCS.write_text(f"{before}{BEGIN}\n{note}\n\n{table(results['parts'])}\n{END}{after}", encoding="utf-8")
+    ranks = results["ranks"]
+    layouts = ", ".join(f"{name} {number}" for name, number in ranks["layouts"].items())
+    of_ranks = (
+        f"Kills of ranks and launchers by layout: {layouts}. After changes of the layout, a loss or gradient norm was at most "
+        f"{ranks['furthest_after_moves']:.1e} of itself away from that of the run that stayed in one layout (allowed "
+        f"{ranks['allowed_after_moves']:g}); without a change all bits were the same."
+    )
+    text = f"{before}{BEGIN}\n{note}\n\n{table(results['parts'])}\n\n{of_ranks}\n{END}{after}"
+    DOCS.write_text(text, encoding="utf-8")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=tuple(TITLES), help="default: all three")
-    parser.add_argument("--kills", type=int, default=100, metavar="N", help="default: 100")
+    parser.add_argument("--only", choices=tuple(TITLES), help="default: all of them")
+    parser.add_argument("--kills", type=int, metavar="N", help="default: 100, and 60 of several processes")
     parser.add_argument("--fuzz", type=int, default=2000, metavar="N", help="default: 2000")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: 0")
+    parser.add_argument("--layout", metavar="NAME", help="ranks: of all the kills those in this layout alone")
     parser.add_argument(
-        "--few", action="store_true", help="damage: two files of a checkpoint, every third kind"
+        "--few",
+        action="store_true",
+        help="no kills of several processes; damage: two files of a checkpoint, every third kind",
     )
     parser.add_argument("--write-docs", action="store_true", help="write the table into docs/faults.md")
     options = parser.parse_args()
     parts: dict[str, Rows] = {}
+    facts: dict[str, Any] = {}
+    names = [name for name in TITLES if not (options.few and name == "ranks")]
     with tempfile.TemporaryDirectory(prefix="faults-") as where:
         place = Path(where)
         data = build(place)
-        for name in TITLES if options.only is None else (options.only,):
+        for name in names if options.only is None else (options.only,):
             begin = time.perf_counter()
             folder = place / name
             folder.mkdir()
             if name == "kills":
-                parts[name] = kills(options.kills, options.seed, folder, data)
+                parts[name] = kills(options.kills or KILLS, options.seed, folder, data)
+            elif name == "ranks":
+                number = options.kills or KILLS_OF_RANKS
+                parts[name], facts = ranks(number, options.seed, folder, data, options.layout)
             elif name == "damage":
                 parts[name] = damage(folder, data, few=options.few)
             else:
@@ -203,7 +255,8 @@ def main() -> int:
     if options.only is None and not options.few:
         from benchmarks.common import write_result
 
-        values = {"seed": options.seed, "processes": f"every {PROCESSES}th kill", "parts": parts}
+        processes = f"every {PROCESSES}th kill"
+        values = {"seed": options.seed, "processes": processes, "ranks": facts, "parts": parts}
         write_result("faults", values)
         if options.write_docs:
             write_docs(json.loads(RESULT.read_text(encoding="utf-8")))

@@ -9,9 +9,7 @@ the rest hit a random call inside the phase, which the run counts itself: those 
 
 from __future__ import annotations
 
-import functools
 import json
-import mmap
 import os
 import random
 import shutil
@@ -20,16 +18,15 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.faults_marker import PHASES, Marker, count_calls_in, mark_everything
+
 ROOT = Path(__file__).resolve().parent.parent
 
-PHASES = ("resume", "step", "save", "seal", "prune", "evaluate", "samples", "export", "between")
-"""`resume` is all from the start to the first step; `seal` is the part of a save or export after the writing: checksums,
-sync, rename; `between` is the rest."""
 TARGETS = ("step", "save", "resume", "seal", "evaluate", "prune", "between", "export", "samples")
 """What the kills are aimed at, in turn; where they hit is what counts."""
 SHORT = ("seal", "prune")
@@ -101,124 +98,6 @@ def write_config(place: Path, data: Path, iterations: int) -> Path:
 # The run in a forked process
 
 
-class Marker:
-    """The phase of a forked run, in memory that its parent sees, and how often each phase has begun.
-
-    Where the parent waits for a phase, the run stands still at its beginning until the parent has seen it: some are over
-    in less than a millisecond.
-    """
-
-    _PHASE, _WANTED, _TIMES, _REACHED, _GO, _COUNTS = range(6)
-
-    def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, self._COUNTS + len(PHASES))
-        self._share: float | None = None
-        self.calls: dict[str, int] = {}
-        """Usual number of calls in each phase, from the runs so far that nobody stopped."""
-        self.at_end: Callable[[], None] = lambda: None
-
-    def clear(self, wanted: str | None = None, times: int = 0, share: float | None = None) -> None:
-        """Before a start: which phase is waited for, and which time that it begins.
-
-        With `share` the run kills itself after that share of the phase's calls; else the parent does it.
-        """
-        self._memory[:] = bytes(len(self._memory))
-        self._memory[self._WANTED] = len(PHASES) if wanted is None else PHASES.index(wanted)
-        self._memory[self._TIMES] = times
-        self._share = share
-
-    def begin(self, phase: str) -> None:
-        number, memory = PHASES.index(phase), self._memory
-        memory[self._COUNTS + number] = min(255, memory[self._COUNTS + number] + 1)
-        memory[self._PHASE] = number
-        if memory[self._WANTED] == number and memory[self._TIMES] == memory[self._COUNTS + number]:
-            memory[self._REACHED] = 1
-            if self._share is not None:
-                _kill_at_call(int(self._share * self.calls[phase]))
-                return
-            while not memory[self._GO]:
-                time.sleep(0.0001)
-
-    def back_in(self, phase: str) -> None:
-        self._memory[self._PHASE] = PHASES.index(phase)
-
-    @property
-    def reached(self) -> bool:
-        return bool(self._memory[self._REACHED])
-
-    def go(self) -> None:
-        self._memory[self._GO] = 1
-
-    @property
-    def phase(self) -> str:
-        return PHASES[self._memory[self._PHASE]]
-
-    def times(self, phase: str) -> int:
-        return self._memory[self._COUNTS + PHASES.index(phase)]
-
-    def during(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def marked(*args: Any, **kwargs: Any) -> Any:
-            before = self.phase
-            self.begin(phase)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.back_in("between" if before == "resume" and phase == "step" else before)
-
-        return marked
-
-
-def _kill_at_call(calls: int) -> None:
-    """Kill this process (-9) after so many calls of Python or C functions."""
-    left = calls
-
-    def count(*_: object) -> None:
-        nonlocal left
-        left -= 1
-        if left <= 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.setprofile(count)
-
-
-def _count_calls(marker: Marker, file: Path) -> None:
-    """Write the mean number of calls in each phase into `file` when this process ends."""
-    sums: Counter[str] = Counter()
-
-    def count(*_: object) -> None:
-        sums[marker.phase] += 1
-
-    def keep() -> None:
-        sys.setprofile(None)
-        means = {phase: sums[phase] // max(1, marker.times(phase)) for phase in PHASES}
-        file.write_text(json.dumps(means))
-
-    marker.at_end = keep
-    sys.setprofile(count)
-
-
-def _mark_everything(marker: Marker) -> None:
-    from modelyard import files
-    from modelyard.config.training import SamplesEvaluatorConfig
-    from modelyard.train import state
-    from modelyard.train.evaluators import Evaluators
-
-    state.train_step = marker.during("step", state.train_step)
-    state.Run.save = marker.during("save", state.Run.save)  # type: ignore[method-assign]
-    state.Run.export = marker.during("export", state.Run.export)  # type: ignore[method-assign]
-    state.prune = marker.during("prune", state.prune)
-    files.sha256 = marker.during("seal", files.sha256)
-    files.sync = marker.during("seal", files.sync)
-    evaluate, sample = (marker.during(name, Evaluators.run) for name in ("evaluate", "samples"))
-
-    def run_evaluator(self: Evaluators, name: str, entry: Any, *rest: Any) -> Any:
-        which = sample if isinstance(entry.evaluator, SamplesEvaluatorConfig) else evaluate
-        return which(self, name, entry, *rest)
-
-    Evaluators.run = run_evaluator  # type: ignore[method-assign]
-
-
 def start(folder: Path, marker: Marker, words: list[str], *, count_calls: Path | None = None) -> int:
     """Fork a run in `folder`; returns the process id. What it says goes to `folder / "said.txt"`."""
     sys.stdout.flush()
@@ -231,11 +110,11 @@ def start(folder: Path, marker: Marker, words: list[str], *, count_calls: Path |
         output = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        _mark_everything(marker)
+        mark_everything(marker)
         from modelyard.cli import main
 
         if count_calls is not None:
-            _count_calls(marker, count_calls)
+            count_calls_in(marker, count_calls)
         marker.begin("resume")
         status = main(words)
         marker.at_end()
@@ -266,7 +145,8 @@ def run_to_end(
     while (status := ended(child)) is None:
         time.sleep(0.0005)
         now = time.perf_counter()
-        seconds[marker.phase] += now - last
+        for phase in marker.phases:
+            seconds[phase] += now - last
         last = now
     return {phase: seconds[phase] / max(1, marker.times(phase)) for phase in PHASES}, status
 
@@ -416,7 +296,7 @@ def kill_forked(
         os.kill(child, signal.SIGKILL)
         _, raw = os.waitpid(child, 0)
         status = os.waitstatus_to_exitcode(raw)
-    return (marker.phase, None) if status == -signal.SIGKILL else (None, status)
+    return (marker.hit(phase), None) if status == -signal.SIGKILL else (None, status)
 
 
 def kill_process(folder: Path, words: list[str], rng: random.Random) -> tuple[str | None, int | None]:
@@ -449,13 +329,14 @@ def run_kills(
 ) -> Iterator[Kill]:
     """`count` kills, each followed by a start without a hand; every run that ends is compared with the truth.
 
-    `data` is what `prepare` wrote. Each kill is yielded once the run that it hit has ended.
+    `data` is what `prepare` wrote. Every other kill hits a run that writes its checkpoints beside the training. Each is
+    yielded once the run that it hit has ended.
     """
     preload()
     marker = Marker()
     config = write_config(place, data, iterations)
     truth = find_truth(place, marker, config)
-    words = ["train", str(config)]
+    words = usual = ["train", str(config)]
     number = starts = 0
     while number < count:
         folder = place / f"killed-{starts}"
@@ -469,6 +350,7 @@ def run_kills(
                 status = run_to_end(folder, marker, words)[1]
                 break
             wanted = TARGETS[number % len(TARGETS)]
+            words = usual if number % 2 else [*usual, "training.checkpoint.asynchronous=no"]
             if processes and number % PROCESSES == PROCESSES - 1:
                 wanted = "a process"
                 hit, status = kill_process(folder, words, rng)

@@ -6,6 +6,13 @@ runs in its better form (batched, the columns removed, several sizes of batch tr
 floor: what `tokenizers.encode_batch_fast` needs alone, for the texts in memory, in as many processes, nothing read or kept.
 
     python benchmarks/prepare.py [--rounds 3] [--megabytes 24] [--texts FILE.jsonl.gz …] [--tokenizers FOLDER …]
+    python benchmarks/prepare.py --ranks 2 4 [--megabytes 50] …
+
+With --ranks: what does it cost to prepare in several processes (RANK and WORLD_SIZE, as torchrun starts them) instead of one?
+Processor time of `prepare` once the tokenizer is loaded, without workers, rank after rank so that none waits for another: the
+sum over the ranks against that of one process, and what of it is storing the parts of others, which only rank 0 does. Each
+process meets the words of the language anew, which is most of the rest. The files are compared.
+Writes `benchmarks/results/prepare-ranks.json`.
 
 Without --texts: `../shared/data/text/*.jsonl.gz` where that is, else generated words. Tokenizers: a BPE of 2,048 tokens trained
 on the spot, and Llama 3's and Qwen 2.5's from `../shared/data/tokenizers` where they are. Prints a table and writes
@@ -19,6 +26,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -32,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import write_result
 from modelyard.data.tokenizer_training import train_tokenizer
 from modelyard.data.workers import available_cores
+from modelyard.files import sha256
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH_SIZES = (250, 1000)
@@ -47,6 +56,33 @@ config = PrepareConfig.model_validate({
 start = time.perf_counter()
 summary = module.prepare(config, report=lambda line: None, terminal=False)
 print(json.dumps({"seconds": time.perf_counter() - start, "tokens": summary["tokens"], "path": output + "/data"}))
+"""
+
+RANK = """
+import json, sys, time
+from modelyard.config.prepare import PrepareConfig
+from modelyard.data import assemble, prepare as module
+source, tokenizer, output, rank, world_size = sys.argv[1:]
+config = PrepareConfig.model_validate({
+    "output_path": output, "dataset": {"path": source}, "tokenizer": {"path": tokenizer}, "tokenize_workers": 1,
+    "splits": {"training": 0.9, "validation": 0.1}, "distributed": {"rank": int(rank), "world_size": int(world_size)}})
+drain, stored = assemble.Assembly._drain, [0.0]
+def timed(self, bar):
+    start = time.process_time()
+    drain(self, bar)
+    stored[0] += time.process_time() - start
+assemble.Assembly._drain = timed
+load, loading = module._job, [0.0]
+def loaded(*arguments):
+    start = time.process_time()
+    try:
+        return load(*arguments)
+    finally:
+        loading[0] = time.process_time() - start
+module._job = loaded
+start = time.process_time()
+summary = module.prepare(config, report=lambda line: None, terminal=False)
+print(json.dumps({"seconds": time.process_time() - start - loading[0], "stored": stored[0], "tokens": summary["tokens"]}))
 """
 
 THEIRS = """
@@ -200,6 +236,58 @@ def measure(source: Path, tokenizer: Path, workers: int, rounds: int, folder: Pa
     }
 
 
+def checksums(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): sha256(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def measure_ranks(
+    source: Path, tokenizer: Path, world_sizes: list[int], rounds: int, folder: Path
+) -> list[dict[str, Any]]:
+    """For each number of ranks the processor time of all of them, by that of one process; the first is one."""
+    seconds: dict[int, list[float]] = {size: [] for size in (1, *world_sizes)}
+    stored: dict[int, list[float]] = {size: [] for size in seconds}
+    expected = None
+    for number in range(rounds):
+        for size in seconds:
+            output = folder / f"{size}-{number}"
+            results = [run(RANK, source, tokenizer, output, rank, size) for rank in reversed(range(size))]
+            seconds[size].append(sum(result["seconds"] for result in results))
+            stored[size].append(results[-1]["stored"])
+            expected = expected or checksums(output)
+            assert checksums(output) == expected, f"{size} ranks make other files"
+            shutil.rmtree(output)
+    alone = statistics.median(seconds[1])
+    return [
+        {
+            "tokenizer": tokenizer.name,
+            "ranks": size,
+            "tokens": results[-1]["tokens"],
+            "cpu_seconds": seconds[size],
+            "by_one_process": statistics.median(seconds[size]) / alone,
+            "storing_others_parts": statistics.median(stored[size]) / alone,
+        }
+        for size in seconds
+    ]
+
+
+def ranks_main(source: Path, tokenizers: list[Path], options: argparse.Namespace, folder: Path) -> None:
+    print(
+        f"{'tokenizer':10} {'ranks':>5} {'CPU seconds':>12} {'÷ one process':>14} {'rank 0 stores parts of others':>30}"
+    )
+    results = []
+    for tokenizer in tokenizers:
+        for result in measure_ranks(
+            source, tokenizer, options.ranks, options.rounds, folder / tokenizer.name / "ranks"
+        ):
+            results.append(result)
+            print(
+                f"{result['tokenizer']:10} {result['ranks']:5} {statistics.median(result['cpu_seconds']):12.1f} "
+                f"{result['by_one_process']:14.3f} {result['storing_others_parts']:30.1%}",
+                flush=True,
+            )
+    print(write_result("prepare-ranks", {"megabytes": options.megabytes, "runs": results}))
+
+
 def main() -> None:
     shared = ROOT.parent / "shared" / "data"
     parser = argparse.ArgumentParser(
@@ -213,6 +301,9 @@ def main() -> None:
         "--tokenizers", type=Path, nargs="+", default=[path for path in known if path.is_dir()]
     )
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", help="compare so many processes with one, nothing else"
+    )
     options = parser.parse_args()
     results = []
     with tempfile.TemporaryDirectory(prefix="prepare-") as name:
@@ -225,6 +316,9 @@ def main() -> None:
         train_tokenizer(
             (text for number, text in enumerate(texts) if number % 10 == 0), small, vocab_size=2048
         )
+        if options.ranks:
+            ranks_main(source, [small, *options.tokenizers], options, folder)
+            return
         print(
             f"{'tokenizer':10} {'workers':>7} {'prepare':>12} {'datasets.map':>13} {'raw':>12}   ÷ map   ÷ raw"
         )

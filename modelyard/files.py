@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -49,12 +50,23 @@ def leave_stdout() -> None:
 
 
 @contextmanager
-def only_one(path: Path, refusal: str) -> Iterator[None]:
-    """Hold the lock file `path`; raises UserError(refusal) while another process does. A dead process holds nothing."""
+def only_one(path: Path, refusal: str, *, patience: float = 0.0) -> Iterator[None]:
+    """Hold the lock file `path`; raises UserError(refusal) while another process does, `patience` [seconds] from now.
+
+    A dead process holds nothing; but what a machine held that went with it, a shared disk may hold on to for a while.
+    """
+    deadline = time.monotonic() + patience
     with path.open("w") as file:
         try:
-            # lockf, not flock: a child that outlives a killed process for a moment must not hold the lock.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while True:
+                try:
+                    # lockf, not flock: a child that outlives a killed process for a moment must not hold the lock.
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.1)
             # The one that held it may have removed it since it was opened here: then this is the lock of nothing.
             still_there = os.path.samestat(os.fstat(file.fileno()), path.stat())
         except OSError:

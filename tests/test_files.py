@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -130,7 +131,10 @@ def test_only_one_process_holds_the_lock(tmp_path: Path) -> None:
     assert process.stdout.readline() == b"held\n"
     with pytest.raises(UserError, match="busy"), only_one(lock, "busy"):
         pass
-    process.kill()
-    process.wait()
+    with pytest.raises(UserError, match="busy"), only_one(lock, "busy", patience=0.2):
+        pass
+    threading.Timer(0.3, process.kill).start()
+    with only_one(lock, "busy", patience=60):
+        assert process.wait() == -signal.SIGKILL
     with only_one(lock, "busy"):
         pass

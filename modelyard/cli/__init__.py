@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 
 from modelyard import __version__
-from modelyard.cli import data, model, run
+from modelyard.cli import data, launch, model, run
 from modelyard.cli.arguments import Parser, Verb, one_line
 from modelyard.errors import RunFailed, UserError, did_you_mean
 
-VERBS: dict[str, Verb] = run.VERBS | data.VERBS | model.VERBS
+VERBS: dict[str, Verb] = run.VERBS | data.VERBS | model.VERBS | launch.VERBS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

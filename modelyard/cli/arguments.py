@@ -14,6 +14,7 @@ from modelyard.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from modelyard.config.loader import Loaded
+    from modelyard.launch.command import Asked, Node
 
 # Words that the guides put between the verb and the config: `train gpt --config X`, `prepare gpt_memmap --config X`.
 GUIDE_WORDS = ("gpt", "gpt_memmap")
@@ -92,25 +93,116 @@ def nproc_argument(parser: argparse.ArgumentParser, what: str = "start N process
     )
 
 
+def elastic_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--nproc`, and what goes with it on several nodes and for restarts."""
+    nproc_argument(parser)
+    parser.add_argument(
+        "--max-restarts",
+        type=count,
+        metavar="K",
+        help="start all processes again, up to K times, after one was killed or crashed (default: 0)",
+    )
+    parser.add_argument(
+        "--nnodes",
+        type=_nnodes,
+        metavar="N|MIN:MAX",
+        help="this machine is one of so many nodes; with MIN:MAX the run goes on with those that are there",
+    )
+    parser.add_argument(
+        "--rdzv-endpoint",
+        type=_endpoint,
+        metavar="HOST:PORT",
+        help="where the nodes meet, the same on each: one of them, which lives as long as the run, and a free port",
+    )
+    parser.add_argument(
+        "--rdzv-id", metavar="ID", help="the job's name at that endpoint (default: run.experiment_dir)"
+    )
+    parser.add_argument(
+        "--rdzv-conf",
+        type=_rdzv_conf,
+        metavar="KEY=NUMBER,...",
+        help=f"patience of the meeting, as torchrun has it: {', '.join(MEETING)}",
+    )
+
+
 def _nproc(text: str) -> int | str:
     if text != "auto" and not (text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(f"'{text}' is neither a whole number from 1 on nor auto")
     return text if text == "auto" else int(text)
 
 
-def laid_out(options: argparse.Namespace) -> tuple[Loaded, int | None]:
-    """The config, possible on the processes there are or are to be started; and how many of the latter, if any."""
+def _nnodes(text: str) -> tuple[int, int]:
+    fewest, _, most = text.partition(":")
+    most = most if ":" in text else fewest
+    if not (fewest.isdecimal() and most.isdecimal() and 1 <= int(fewest) <= int(most)):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is neither a whole number of nodes from 1 on nor two as MIN:MAX, the smaller first"
+        )
+    return int(fewest), int(most)
+
+
+def _endpoint(text: str) -> str:
+    from modelyard.launch.meeting import endpoint_of
+
+    try:
+        endpoint_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+MEETING = (
+    "join_timeout",
+    "last_call_timeout",
+    "keep_alive_interval",
+    "keep_alive_max_attempt",
+    "close_timeout",
+    "read_timeout",
+)
+"""What `--rdzv-conf` takes."""
+
+
+def _rdzv_conf(text: str) -> dict[str, int]:
+    found = {}
+    for pair in text.split(","):
+        key, equals, value = pair.partition("=")
+        if key not in MEETING:
+            raise argparse.ArgumentTypeError(
+                f"'{key}' is none of {', '.join(MEETING)}{did_you_mean(key, MEETING)}"
+            )
+        if not (equals and value.isdecimal() and int(value)):
+            raise argparse.ArgumentTypeError(f"'{pair}' is not {key}=NUMBER, a whole number from 1 on")
+        found[key] = int(value)
+    return found
+
+
+def asked(options: argparse.Namespace) -> Asked:
+    """What the options of `elastic_arguments` say."""
+    from modelyard.launch.command import Asked
+
+    return Asked(
+        nproc=options.nproc,
+        nnodes=options.nnodes,
+        endpoint=options.rdzv_endpoint,
+        run_id=options.rdzv_id,
+        restarts=options.max_restarts,
+        conf=options.rdzv_conf,
+    )
+
+
+def laid_out(options: argparse.Namespace) -> tuple[Loaded, Node | None]:
+    """The config, possible on the processes there are or are to be started; and what is to be started, if anything."""
     from modelyard.launch.command import laid_out
 
-    return laid_out(lambda: load(options, "train"), options.nproc)
+    return laid_out(lambda: load(options, "train"), asked(options))
 
 
-def start(processes: int, verb: str, options: argparse.Namespace, *flags: str) -> int:
-    """The same command, in so many processes."""
+def start(node: Node, verb: str, options: argparse.Namespace, *flags: str) -> int:
+    """The same command, in the processes of a node."""
     from modelyard.launch.torchrun import launch
 
     files = [word for file in options.config for word in ("--config", file)]
-    return launch(processes, "modelyard", [verb, *options.words, *files, *flags])
+    return launch(node, "modelyard", [verb, *options.words, *files, *flags])
 
 
 def count(text: str) -> int:

@@ -16,14 +16,22 @@ def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _prepare(options: argparse.Namespace) -> int:
     from modelyard.data.prepare import run_prepare
+    from modelyard.data.ranks import own_rank
+    from modelyard.parallel.rank import wait_for_the_main_process
 
-    loaded = load(options, "prepare")
-    for notice in loaded.notices:
+    try:
+        loaded = load(options, "prepare")
+        number = own_rank(loaded.prepare).number
+    except UserError:
+        wait_for_the_main_process()  # all have read the same
+        raise
+    for notice in loaded.notices if not number else ():
         print(f"note: {notice}")
     try:
         return run_prepare(loaded.prepare, overwrite=options.overwrite)
     except UserError as error:
-        raise UserError(*loaded.located(error.problems)) from None
+        name = f"rank {number}: " if number else ""
+        raise UserError(*(f"{name}{problem}" for problem in loaded.located(error.problems))) from None
 
 
 def _tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +114,9 @@ VERBS: dict[str, Verb] = {
         f"""{OVERRIDES}
 examples:
   modelyard prepare examples/prepare-text.yaml
-  modelyard prepare examples/prepare-code.yaml output_path=/data/code tokenize_workers=16""",
+  modelyard prepare examples/prepare-code.yaml output_path=/data/code tokenize_workers=16
+on two machines with a shared folder (docs/data-preparation.md):
+  torchrun --nnodes 2 --nproc_per_node 1 ... --no_python modelyard prepare examples/prepare-text.yaml""",
         _prepare_arguments,
         _prepare,
     ),

@@ -9,7 +9,9 @@ from pathlib import Path
 from modelyard.cli.arguments import (
     OVERRIDES,
     Verb,
+    asked,
     config_arguments,
+    elastic_arguments,
     files_and_overrides,
     laid_out,
     load,
@@ -21,7 +23,7 @@ from modelyard.errors import UserError
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     config_arguments(parser)
-    nproc_argument(parser)
+    elastic_arguments(parser)
     parser.add_argument(
         "-v", "--validate", action="store_true", help="only check the config, as `modelyard validate` does"
     )
@@ -33,9 +35,9 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 def _train(options: argparse.Namespace) -> int:
     if options.validate:
         return _validate(options)
-    loaded, processes = laid_out(options)
-    if processes is not None:
-        return start(processes, "train", options, *["--force"] * options.force)
+    loaded, node = laid_out(options)
+    if node is not None:
+        return start(node, "train", options, *["--force"] * options.force)
     from modelyard.train.run import train
 
     return train(loaded, force=options.force)
@@ -47,11 +49,13 @@ def _validate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from modelyard.launch.command import processes_asked
+    from modelyard.launch.command import Asked, processes_asked
     from modelyard.plan.summary import summarise
 
+    words = asked(options) if "nnodes" in options else Asked(options.nproc)  # `train --validate` has them all
+    processes = processes_asked(words) or (1 if words.nproc == "auto" else None)
+    processes = None if processes is None else processes * words.most_nodes
     loaded = load(options, None, keep_problems=True)
-    processes = processes_asked(options.nproc) or (1 if options.nproc == "auto" else None)
     for notice in loaded.notices:
         print(f"note: {notice}")
     text, problems, warnings = summarise(loaded, processes)
@@ -109,7 +113,7 @@ def _migrate(options: argparse.Namespace) -> int:
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     config_arguments(parser)
-    nproc_argument(parser)
+    elastic_arguments(parser)
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="which (default: the newest of run.experiment_dir)"
     )
@@ -117,10 +121,10 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    loaded, processes = laid_out(options)
-    if processes is not None:
+    loaded, node = laid_out(options)
+    if node is not None:
         checkpoint = [] if options.checkpoint is None else ["--checkpoint", str(options.checkpoint)]
-        return start(processes, "evaluate", options, *checkpoint, *["--json"] * options.json)
+        return start(node, "evaluate", options, *checkpoint, *["--json"] * options.json)
     from modelyard.train.evaluate import evaluate
 
     return evaluate(loaded, checkpoint=options.checkpoint, as_json=options.json)
@@ -133,7 +137,8 @@ VERBS: dict[str, Verb] = {
 examples:
   modelyard train examples/train-tiny.yaml
   modelyard train base.yaml training.train_iters=50 model.base_model.transformer.num_layers=4
-  modelyard train base.yaml --nproc 8
+  modelyard train base.yaml --nproc 8 --max-restarts 5
+  modelyard train base.yaml --nproc 8 --nnodes 2:4 --rdzv-endpoint node1:29500 --max-restarts 5      (the same on each node)
   torchrun --nproc_per_node=8 --no_python modelyard train gpt --config base.yaml      (the guides' words)""",
         _train_arguments,
         _train,
@@ -151,7 +156,11 @@ examples:
     ),
     "evaluate": Verb(
         "Run the config's evaluators on its newest checkpoint, or on a named one.",
-        "examples:\n  modelyard evaluate train.yaml\n  modelyard evaluate train.yaml --checkpoint runs/a/checkpoint/1000",
+        """\
+examples:
+  modelyard evaluate train.yaml
+  modelyard evaluate train.yaml --checkpoint runs/a/checkpoint/1000
+  modelyard evaluate train.yaml --nproc 8 --json""",
         _evaluate_arguments,
         _evaluate,
     ),

@@ -202,21 +202,25 @@ class PrepareTokenizerConfig(Section):
 
 
 class DistributedPrepareConfig(Section):
-    """Preparation over several machines: one machine for now."""
+    """Preparation in several processes, on one machine or more. What torchrun says in the environment needs no key."""
 
-    world_size: int = Field(default=1, ge=1)
-    """Machines. Default 1; more are not supported yet."""
-    rank: int = Field(default=0, ge=0)
-    """This machine's number. Default 0."""
+    world_size: int | None = Field(default=None, ge=1)
+    """Processes that prepare together; each is to be given the same number. Default: WORLD_SIZE in the environment,
+    else 1."""
+    rank: int | None = Field(default=None, ge=0)
+    """This process's number among them, from 0. Default: RANK in the environment, else 0."""
+    timeout: float = Field(default=600.0, gt=0)
+    """How long rank 0 waits for a process that gives no sign of life, before it does that one's share itself, in seconds.
+    Default 600."""
     backend: Literal["gloo", "nccl"] = "gloo"
-    """Accepted, without effect on one machine. Default gloo."""
+    """Accepted from older configs, without effect: the processes meet in files beside `output_path`. Default gloo."""
 
     @model_validator(mode="after")
-    def _one_machine(self) -> DistributedPrepareConfig:
-        if self.world_size > 1:
-            raise ValueError("preparing over several machines is not supported yet: split the source instead")
-        if self.rank:
-            raise ValueError(f"rank {self.rank} of world_size 1")
+    def _rank_of_world(self) -> DistributedPrepareConfig:
+        if self.world_size is not None and (self.rank or 0) >= self.world_size:
+            raise ValueError(f"rank {self.rank} of world_size {self.world_size}: ranks are numbered from 0")
+        if self.world_size is None and self.rank is not None:
+            raise ValueError(f"rank {self.rank} without a world_size")
         return self
 
 
@@ -244,7 +248,7 @@ class PrepareConfig(Section):
     tokens_per_shard: int = Field(default=1_000_000_000, ge=1)
     """A shard is closed before it would exceed this, in tokens. Default 1,000,000,000."""
     distributed: DistributedPrepareConfig = Field(default_factory=DistributedPrepareConfig)
-    """Several machines: not supported yet."""
+    """Several processes, on one machine or more."""
 
     @field_validator("splits", mode="before")
     @classmethod

@@ -12,7 +12,7 @@ from typing import Any
 
 from modelyard.data.manifest import read_manifest
 from modelyard.data.store import saved_sizes, write_synced
-from modelyard.data.workers import WorkerKilled
+from modelyard.data.workers import Stopped
 from modelyard.errors import UserError
 from modelyard.files import DISK_FULL, disk_full_error, only_one, replace_text, sync, what_is_full
 
@@ -25,13 +25,16 @@ RECORD = "prepare.json"
 """What an output folder was made from; tells "already there" from "something else is there"."""
 
 
-def existing_record(output: Path, record: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+def existing_record(
+    output: Path, record: dict[str, Any], overwrite: bool, *, again: bool = True
+) -> dict[str, Any] | None:
     """The record of a complete output that was made from the same; None when there is none, or it may be replaced.
 
     Args:
         output: the folder; it is whole when every entry is one that its record names.
         record: what is about to be made; the record there may have more keys.
         overwrite: whether an output made from something else may be replaced.
+        again: whether then one made from the same may be, too.
 
     Raises:
         UserError: the folder holds something else, or a store in it is damaged.
@@ -51,12 +54,13 @@ def existing_record(output: Path, record: dict[str, Any], overwrite: bool) -> di
     if foreign := sorted(entries - ours):
         # Not even to be replaced: the folder may be anything.
         raise UserError(f"output_path {output} holds other files ({foreign[0]}): choose another, or empty it")
-    if overwrite:
+    other = list(_differences(there, record))
+    if overwrite and (again or other):
         return None
-    if differences := list(_differences(there, record)):
-        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+    if other:
+        more = f" and {len(other) - 3} more" if len(other) > 3 else ""
         raise UserError(
-            f"output_path {output} was made from something else ({'; '.join(differences[:3])}{more}): choose another "
+            f"output_path {output} was made from something else ({'; '.join(other[:3])}{more}): choose another "
             "folder, or replace it (--overwrite)"
         )
     for name in there["stores"]:
@@ -119,7 +123,7 @@ def output_folder(output: Path, identity: dict[str, Any], *, overwrite: bool = F
     Raises:
         UserError: it holds work on something else, and `overwrite` is not given.
     """
-    temporary = output.with_name(output.name + ".tmp")
+    temporary = unfinished(output)
     try:
         temporary.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -135,15 +139,33 @@ def output_folder(output: Path, identity: dict[str, Any], *, overwrite: bool = F
             _replace(temporary, output)
         except BaseException as error:
             refused = _refused(error)
-            in_the_input = (
-                isinstance(error, UserError) and not isinstance(error, WorkerKilled) and not refused
-            )
-            kept = work.resumable and not in_the_input
+            kept = work.resumable and not in_the_input(error)
             if not kept:
                 shutil.rmtree(temporary, ignore_errors=True)
             if refused is not None:
-                raise _explained(refused, output, kept) from None
+                raise explained(refused, output, kept) from None
             raise
+
+
+def in_the_input(error: BaseException) -> bool:
+    """Whether the input has to change, so that what was made of it is of no use."""
+    return isinstance(error, UserError) and not isinstance(error, Stopped) and _refused(error) is None
+
+
+def stored_parts(output: Path, identity: dict[str, Any]) -> int | None:
+    """Parts of the source that the unfinished folder beside `output` has already, by its last save; None: all."""
+    folder = unfinished(output)
+    if (record := _read_object(folder / RECORD)) is not None and not differences(record, identity):
+        return None
+    saved = _read_object(folder / STATE)
+    if saved is None or "identity" not in saved or differences(saved["identity"], identity):
+        return 0
+    return saved["part"]
+
+
+def unfinished(output: Path) -> Path:
+    """The folder that `output` is written into until it is complete."""
+    return output.with_name(output.name + ".tmp")
 
 
 def _refused(error: BaseException) -> OSError | None:
@@ -154,7 +176,8 @@ def _refused(error: BaseException) -> OSError | None:
     return None
 
 
-def _explained(error: OSError, output: Path, kept: bool) -> UserError:
+def explained(error: OSError, output: Path, kept: bool) -> UserError:
+    """What the system refused while `output` was written, in words; `kept`: there is something to go on with."""
     if kept and error.errno in DISK_FULL:
         return UserError(
             f"{what_is_full(error)} while writing {output}; make room and run the same again: it goes on where it was"
@@ -166,11 +189,11 @@ def _left_over(folder: Path, identity: dict[str, Any], overwrite: bool) -> Outpu
     """What can be used of a folder that an earlier start was writing."""
     record, saved = _read_object(folder / RECORD), _read_object(folder / STATE)
     made_from = saved["identity"] if saved is not None and "identity" in saved else record
-    if made_from is None or (overwrite and _of_something_else(made_from, identity)):
+    if made_from is None or (overwrite and differences(made_from, identity)):
         return Output(folder, identity)
-    if differences := _of_something_else(made_from, identity):
+    if found := differences(made_from, identity):
         raise UserError(
-            f"{folder} holds unfinished work on something else ({differences}): set that back to go on with it, or start "
+            f"{folder} holds unfinished work on something else ({found}): set that back to go on with it, or start "
             "over (--overwrite)"
         )
     if record is not None and _is_complete(folder, record):
@@ -182,7 +205,7 @@ def _left_over(folder: Path, identity: dict[str, Any], overwrite: bool) -> Outpu
     return Output(folder, identity, saved=saved)
 
 
-def _of_something_else(made_from: dict[str, Any], identity: dict[str, Any]) -> str:
+def differences(made_from: dict[str, Any], identity: dict[str, Any]) -> str:
     """What differs, in words; empty when nothing does. A record has no note of the program."""
     wanted = {key: value for key, value in identity.items() if key in made_from or key != "program"}
     found = list(_differences(made_from, wanted))

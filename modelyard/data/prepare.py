@@ -2,7 +2,8 @@
 
 Worker processes read chunks of the source and tokenise them; this process takes the results in the source's order,
 deals the documents to the splits and writes. So the stores are the same bytes whatever the number of workers. All is
-written in `<output>.tmp`, which gets its name when it is complete; where a run was stopped, the next one goes on.
+written in `<output>.tmp`, which gets its name when it is complete; where a run was stopped, the next one goes on. Where
+several processes prepare together, each makes parts of the source (`parts.py`) and rank 0 the stores (`assemble.py`).
 """
 
 from __future__ import annotations
@@ -12,72 +13,56 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from itertools import islice
-from pathlib import Path
+from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import tokenizers
 import yaml
 
 from modelyard.config.disk import size
 from modelyard.config.prepare import PrepareConfig
 from modelyard.data import sources
-from modelyard.data.columns import ColumnWriter, column_writer
-from modelyard.data.documents import Job, Tokenized, tokenize_chunk
-from modelyard.data.output import JOURNAL, Output, existing_record, output_folder
-from modelyard.data.progress import Progress, duration
+from modelyard.data.assemble import Assembly, Work, make_parts
+from modelyard.data.documents import Job
+from modelyard.data.output import (
+    Output,
+    existing_record,
+    explained,
+    in_the_input,
+    output_folder,
+    stored_parts,
+    unfinished,
+)
+from modelyard.data.parts import Division, divide, remove
+from modelyard.data.progress import duration
+from modelyard.data.ranks import (
+    PutTogether,
+    Rank,
+    Team,
+    cores_of_rank,
+    join,
+    own_rank,
+    parts_folder,
+    parts_root,
+)
 from modelyard.data.sources import Source, open_source
-from modelyard.data.splits import deal
-from modelyard.data.store import MASK_LANE, TOKEN_TYPES, StoreWriter, token_type, write_synced
+from modelyard.data.store import TOKEN_TYPES, token_type, write_synced
+from modelyard.data.stores import Counts, Stores
 from modelyard.data.tokenizer import (
     DocumentFrame,
-    SpecialToken,
     Tokenizer,
     document_frame,
     load_tokenizer,
     separator_notice,
 )
-from modelyard.data.workers import available_cores, ordered_map
 from modelyard.errors import UserError
+from modelyard.parallel.rank import wait_for_the_main_process
 
-WHOLE = "data"
-"""Folder of the one store when no splits are asked for."""
-SAVE_SECONDS = 10.0
-"""How often it is noted how far the work is, at most: what a kill costs. Noting takes one wait for the disk."""
 COMPRESSED_GROWTH = 3.5
 """Text in a byte of a compressed file, for the disk estimate."""
 CHARACTERS_PER_TOKEN = 5
 """More than tokenizers reach on most text, so that the disk estimate errs on the low side."""
-
-
-@dataclass
-class Counts:
-    """What came of the documents so far."""
-
-    documents: int = 0
-    tokens: int = 0
-    empty: int = 0
-    repaired: int = 0
-    unreadable: int = 0
-
-    def add(self, result: Tokenized) -> None:
-        self.documents += len(result.lengths)
-        self.tokens += len(result.tokens)
-        self.empty += result.empty
-        self.repaired += result.repaired
-        self.unreadable += result.unreadable
-
-    def remarks(self) -> list[str]:
-        """A phrase for each kind of document that was not stored as it was found."""
-        kinds = {
-            "empty documents left out": self.empty,
-            "files left out that are not UTF-8": self.unreadable,
-            "documents with lone surrogates (now U+FFFD)": self.repaired,
-        }
-        return [f"{count:,} {kind}" for kind, count in kinds.items() if count]
 
 
 def prepare(
@@ -97,15 +82,80 @@ def prepare(
 
     Returns:
         `output`, `documents`, `tokens`, `empty`, `repaired`, `unreadable`, `already_there`, and `splits`: name →
-        `path`, `config` (the dataset file), `documents`, `tokens`.
+        `path`, `config` (the dataset file), `documents`, `tokens`. Of several processes all but rank 0 count their own
+        share, and have no `splits`.
 
     Raises:
         UserError: anything the user has to change. What an interruption leaves is gone on with by the next call.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    rank = own_rank(config)
+    if rank.number:
+        say, report = report, lambda line: say(f"rank {rank.number}: {line}")
+    try:
+        started = time.monotonic()
+        job, workers = _job(config, rank, report)
+        record = _record(config, job)
+        division = divide(job.source)
+        identity = record | {"program": _program(job.source, division)}
+        # Of several processes, one that comes late must not start over what the others have made with the same words.
+        there = existing_record(config.output_path, record, overwrite, again=rank.alone)
+        if there is None:
+            if not config.dataset.disable_disk_space_check:
+                _check_disk(config, job)
+            folder, failed_before = parts_folder(
+                config.output_path, identity, overwrite, clear=not rank.number
+            )
+    except UserError:
+        wait_for_the_main_process()  # all have read the same
+        raise
+    if there is not None:
+        if not rank.number:
+            remove(parts_root(config.output_path))
+        report(f"{config.output_path} is already there, made from the same data with the same config")
+        return _summary(config, there["counts"], there["stores"], already_there=True)
+    if rank.number >= division.count:
+        parts = "1 part" if division.count == 1 else f"{division.count} parts"
+        report(f"nothing to do: the source is of {parts}, which the ranks before this one make")
+        return _share(config, 0, 0)
+    team = None
+    if not rank.alone or folder.exists():
+        team = join(folder, identity, rank, job.dtype, config.distributed.timeout, report)
+    work = Work(job, division, workers, report, terminal, team)
+    try:
+        if rank.number and team is not None:
+            if existing_record(config.output_path, record, overwrite, again=False) is not None:
+                remove(parts_root(config.output_path))  # rank 0 has become ready at this very moment
+            return _prepare_parts(config, work, team, identity, started)
+        with output_folder(config.output_path, identity, overwrite=overwrite or failed_before) as output:
+            _say_what_is_there(output, report)
+            try:
+                counts, stores, before = _prepare_stores(config, work, output, record)
+            except KeyboardInterrupt:
+                if output.resumable:
+                    report(
+                        f"what is done so far is kept in {output.folder}: run the same again and it goes on from there"
+                    )
+                raise
+    except BaseException as error:
+        if team is not None:
+            team.leave(error)
+        if rank.alone and in_the_input(error):
+            remove(parts_root(config.output_path))
+        raise
+    remove(parts_root(config.output_path))
+    seconds = time.monotonic() - started
+    summary = _summary(config, asdict(counts), stores, already_there=False)
+    for line in _summary_lines(summary, counts, counts.tokens - before, seconds):
+        report(line)
+    return summary
+
+
+def _job(config: PrepareConfig, rank: Rank, report: Callable[[str], None]) -> tuple[Job, int]:
+    """What is to be tokenised with what, and by how many worker processes of this one; says what is worth a note."""
     notices: list[str] = []
     tokenizer, frame, source = _open(config, notices)
-    workers = _workers(config, notices)
+    workers = _workers(config, rank, notices)
     job = Job(
         source,
         tokenizer,
@@ -114,55 +164,85 @@ def prepare(
         parse_special=config.dataset.parse_special_tokens,
         dtype=config.dataset.data_type or token_type(tokenizer.vocab_size),
     )
-    for notice in notices:
-        report(f"note: {notice}")
-    record = _record(config, job)
-    if (there := existing_record(config.output_path, record, overwrite)) is not None:
-        report(f"{config.output_path} is already there, made from the same data with the same config")
-        return _summary(config, there["counts"], there["stores"], already_there=True)
-    if not config.dataset.disable_disk_space_check:
-        _check_disk(config, job)
-    started = time.monotonic()
-    program = {"chunk_bytes": sources.CHUNK_BYTES, "tokenizers": tokenizers.__version__}
-    with output_folder(config.output_path, record | {"program": program}, overwrite=overwrite) as work:
-        before = _say_what_is_there(work, report)
-        try:
-            if work.record is None:
-                counts, stores = _write_stores(config, job, work, workers, report, terminal)
-                files = {_dataset_file(config, name): facts for name, facts in stores.items()}
-                for file, facts in files.items():
-                    write_synced(work.folder / file, yaml.safe_dump(facts, sort_keys=False))
-                record |= {"counts": asdict(counts), "stores": stores, "files": list(files)}
-            else:
-                record = work.record
-                counts, stores = Counts(**record["counts"]), record["stores"]
-            work.finish(record)
-        except KeyboardInterrupt:
-            if work.resumable:
-                report(
-                    f"what is done so far is kept in {work.folder}: run the same again and it goes on from there"
-                )
+    if not rank.number:  # the others have the same to say
+        for notice in notices:
+            report(f"note: {notice}")
+    return job, workers
+
+
+def _program(source: Source, division: Division) -> dict[str, Any]:
+    """What of this program decides what a part of the source is and holds."""
+    own = {"chunk_bytes": sources.CHUNK_BYTES, "part": division.size, "tokenizers": tokenizers.__version__}
+    return own | source.cutting()
+
+
+def _prepare_stores(
+    config: PrepareConfig, work: Work, output: Output, record: dict[str, Any]
+) -> tuple[Counts, dict[str, dict[str, Any]], int]:
+    """All that is in the output folder but its name.
+
+    Returns the counts, each split's dataset config, and how many of the tokens earlier starts have made.
+    """
+    if output.record is not None:
+        record = output.record
+        before = record["counts"]["tokens"]
+    else:
+        with Stores(config, work.job, output) as stores:
+            assembly = Assembly(work, stores)
+            assembly.run()
+            stores.check()
+            stores.save()
+        before = assembly.before[2]
+        counts, facts = stores.counts, stores.facts()
+        files = {_dataset_file(config, name): values for name, values in facts.items()}
+        for file, values in files.items():
+            write_synced(output.folder / file, yaml.safe_dump(values, sort_keys=False))
+        record |= {"counts": asdict(counts), "stores": facts, "files": list(files)}
+    output.finish(record)
+    return Counts(**record["counts"]), record["stores"], before
+
+
+def _prepare_parts(
+    config: PrepareConfig, work: Work, team: Team, identity: dict[str, Any], started: float
+) -> dict[str, Any]:
+    """What another rank than 0 does; returns a summary with the documents and tokens of its own parts."""
+    documents = tokens = 0
+    first = stored_parts(config.output_path, identity)
+    try:
+        if first is not None:
+            _, documents, tokens = make_parts(work, team, first)
+        team.attendance.leave("done")
+        speed = tokens / max(time.monotonic() - started, 1e-9)
+        work.report(
+            f"its share is done: {documents:,} documents, {tokens:,} tokens ({speed:,.0f} tokens/s); rank 0 puts all together"
+        )
+        team.wait_for_the_end()
+    except (PutTogether, FileNotFoundError) as error:
+        if isinstance(error, FileNotFoundError) and team.parts.path.exists():
             raise
-    seconds = time.monotonic() - started
-    summary = _summary(config, asdict(counts), stores, already_there=False)
-    for line in _summary_lines(summary, counts, counts.tokens - before, seconds):
-        report(line)
-    return summary
+        work.report("its share is not needed any more: rank 0 has put all together")
+    except OSError as error:
+        raise explained(error, config.output_path, True) from error
+    return _share(config, documents, tokens)
 
 
-def _say_what_is_there(work: Output, report: Callable[[str], None]) -> int:
-    """A line on what an earlier start left; returns the tokens that are there already."""
-    if work.notice is not None:
-        report(f"note: {work.notice}")
-    there = (work.record or work.saved or {}).get("counts")
+def _share(config: PrepareConfig, documents: int, tokens: int) -> dict[str, Any]:
+    counts = asdict(Counts(documents, tokens))
+    return {"output": str(config.output_path), **counts, "splits": {}, "already_there": False}
+
+
+def _say_what_is_there(output: Output, report: Callable[[str], None]) -> None:
+    """A line on what an earlier start left."""
+    if output.notice is not None:
+        report(f"note: {output.notice}")
+    there = (output.record or output.saved or {}).get("counts")
     if there is None:
-        return 0
+        return
     how_far = f"{there['documents']:,} documents, {there['tokens']:,} tokens"
-    if work.record is not None:
+    if output.record is not None:
         report(f"an earlier start was stopped when all was written ({how_far}): only its name is missing")
     else:
         report(f"going on where an earlier start was stopped: {how_far} are there already")
-    return there["tokens"]
 
 
 def _open(config: PrepareConfig, notices: list[str]) -> tuple[Tokenizer, DocumentFrame, Source]:
@@ -195,134 +275,8 @@ def run_prepare(config: PrepareConfig, *, overwrite: bool = False) -> int:
     return 0
 
 
-def _write_stores(
-    config: PrepareConfig,
-    job: Job,
-    work: Output,
-    workers: int,
-    report: Callable[[str], None],
-    terminal: bool | None,
-) -> tuple[Counts, dict[str, dict[str, Any]]]:
-    """Tokenise into `<folder>/<split>` what is not there yet; returns the counts and each split's dataset config."""
-    names = list(config.splits) or [WHOLE]
-    saved: dict[str, Any] = work.saved or {"stores": {}, "columns": {}}
-    counts = Counts(**saved.get("counts", {}))
-    chunks, done = saved.get("chunks", 0), saved.get("done", 0)
-    current_file, records_before = saved.get("place", (-1, 0))
-    with ExitStack() as stack:
-        progress = Progress(job.source.total, report, terminal, (done, counts.documents, counts.tokens))
-        writers = [
-            stack.enter_context(_store_writer(config, job, work.folder / name, saved["stores"].get(name)))
-            for name in names
-        ]
-        columns = [
-            stack.enter_context(
-                column_writer(
-                    job.source.fields.columns,
-                    writer,
-                    work.folder / f"{name}{JOURNAL}",
-                    saved["columns"].get(name),
-                )
-            )
-            for name, writer in zip(names, writers, strict=True)
-        ]
-
-        def save() -> None:
-            work.save(
-                {
-                    "chunks": chunks,
-                    "done": progress.done,
-                    "place": [current_file, records_before],
-                    "counts": asdict(counts),
-                    "stores": {name: writer.save() for name, writer in zip(names, writers, strict=True)},
-                    "columns": {
-                        name: column.save() for name, column in zip(names, columns, strict=True) if column
-                    },
-                }
-            )
-
-        stack.enter_context(progress)
-        if not (job.spans or job.parse_special):
-            _ = job.tokenizer.pieces  # Made here, so that the workers share it.
-        results = ordered_map(tokenize_chunk, job, islice(job.source.chunks(), chunks, None), workers)
-        stack.callback(results.close)
-        saved_at = time.monotonic()
-        for chunk, result in results:
-            if chunk.file != current_file:
-                current_file, records_before = chunk.file, 0
-            if result.problem is not None:
-                index, reason = result.problem
-                raise UserError(f"{job.source.place(chunk)}: record {records_before + index + 1}: {reason}")
-            records_before += result.records
-            choice = deal(counts.documents, len(result.lengths), config.splits or {WHOLE: 1.0}, config.seed)
-            for split, (writer, column) in enumerate(zip(writers, columns, strict=True)):
-                _store(writer, column, result, choice == split)
-            counts.add(result)
-            progress.update(chunk.weight, len(result.lengths), len(result.tokens))
-            chunks += 1
-            if time.monotonic() - saved_at >= SAVE_SECONDS:
-                save()
-                saved_at = time.monotonic()
-        if not counts.documents:
-            remarks = f" ({'; '.join(counts.remarks())})" if counts.remarks() else ""
-            raise UserError(f"{config.dataset.path}: no documents to prepare{remarks}")
-        if missing := [name for name, writer in zip(names, writers, strict=True) if not writer.num_documents]:
-            raise UserError(
-                f"splits: {counts.documents} documents cannot fill {len(names)} splits; '{missing[0]}' is left empty"
-                + (" (.txt files: see dataset.sample_by)" if config.dataset.path.endswith(".txt") else "")
-            )
-        save()
-    facts = {
-        name: {
-            "type": "memmap",
-            "path": name,
-            "num_documents": writer.num_documents,
-            "num_tokens": writer.num_tokens,
-        }
-        for name, writer in zip(names, writers, strict=True)
-    }
-    return counts, facts
-
-
-def _store(writer: StoreWriter, columns: ColumnWriter | None, result: Tokenized, chosen: np.ndarray) -> None:
-    """Add the chosen documents of one chunk to one split's store."""
-    if chosen.all():
-        lengths, tokens, mask = result.lengths, result.tokens, result.mask
-    else:
-        of_token = np.repeat(chosen, result.lengths)
-        lengths, tokens = result.lengths[chosen], result.tokens[of_token]
-        mask = None if result.mask is None else result.mask[of_token]
-    writer.extend(lengths, tokens, None if mask is None else {MASK_LANE: mask})
-    if columns is not None:
-        columns.add([result.columns[i] for i in np.flatnonzero(chosen)])
-
-
-def _store_writer(config: PrepareConfig, job: Job, path: Path, saved: dict[str, Any] | None) -> StoreWriter:
-    def token(special: SpecialToken | None) -> dict[str, Any] | None:
-        return None if special is None else {"token": special.text, "id": special.id}
-
-    return StoreWriter(
-        path,
-        vocab_size=job.tokenizer.vocab_size,
-        dtype=job.dtype,
-        lanes={MASK_LANE: "uint8"} if job.spans else {},
-        tokens_per_shard=config.tokens_per_shard,
-        tokenizer_files=job.tokenizer.files(),
-        description={
-            "tokenizer": {
-                "fingerprint": job.tokenizer.fingerprint,
-                "bos": token(job.frame.bos),
-                "eos": token(job.frame.eos),
-            }
-        },
-        saving_workers=min(config.saving_workers or available_cores(), available_cores()),
-        saved=saved,
-        keep=True,
-    )
-
-
-def _workers(config: PrepareConfig, notices: list[str]) -> int:
-    cores = available_cores()
+def _workers(config: PrepareConfig, rank: Rank, notices: list[str]) -> int:
+    cores = cores_of_rank(rank)
     asked = {
         name: value
         for name in ("loading_workers", "tokenize_workers", "saving_workers")
@@ -330,9 +284,8 @@ def _workers(config: PrepareConfig, notices: list[str]) -> int:
     }
     if above := {name: value for name, value in asked.items() if value > cores}:
         words = ", ".join(f"{name} {value}" for name, value in above.items())
-        notices.append(
-            f"{words}: this machine has {cores} cores, so {cores} are used (the result is the same)"
-        )
+        place = "this machine" if rank.alone else "this process's share of the machine"
+        notices.append(f"{words}: {place} has {cores} cores, so {cores} are used (the result is the same)")
     processes = [value for name, value in asked.items() if name != "saving_workers"]
     return min(max(processes, default=cores), cores)
 
@@ -395,8 +348,11 @@ def _check_disk(config: PrepareConfig, job: Job) -> None:
     place = config.output_path.absolute()
     while not place.exists():
         place = place.parent
-    unfinished = config.output_path.with_name(config.output_path.name + ".tmp")
-    there = sum(file.stat().st_size for file in unfinished.rglob("*") if file.is_file())
+    there = 0
+    for folder in (unfinished(config.output_path), parts_root(config.output_path)):
+        for file in folder.rglob("*"):
+            with suppress(FileNotFoundError):  # another process may be at work there
+                there += file.stat().st_size if file.is_file() else 0
     free = shutil.disk_usage(place).free
     if needed > free + there:
         raise UserError(

@@ -10,6 +10,9 @@ from typing import Any
 
 LINE_SECONDS = 5.0
 
+Amount = tuple[int, int, int]
+"""Weight, documents and tokens."""
+
 
 class Progress:
     """A context manager; call `update` as often as you like.
@@ -19,6 +22,9 @@ class Progress:
         report: prints one line; used without a terminal.
         terminal: draw a bar; default: whether standard error is a terminal.
         before: weight, documents and tokens that an earlier start had done; they count as done, not as speed.
+        word: what is being done.
+        interval: of lines, in multiples of `LINE_SECONDS`.
+        elsewhere: what other processes have done; asked for about as often as a line is due.
     """
 
     def __init__(
@@ -26,13 +32,19 @@ class Progress:
         total: int,
         report: Callable[[str], None],
         terminal: bool | None = None,
-        before: tuple[int, int, int] = (0, 0, 0),
+        before: Amount = (0, 0, 0),
+        *,
+        word: str = "prepare",
+        interval: int = 1,
+        elsewhere: Callable[[], Amount] | None = None,
     ):
         self.total = max(total, 1)
         self.report = report
         self.terminal = sys.stderr.isatty() if terminal is None else terminal
         self.done, self.documents, self.tokens = before
+        self.word, self.interval = word, interval
         self._before = before
+        self._elsewhere = elsewhere
         self.started = self._last_line = time.monotonic()
         self._bar: Any = None
 
@@ -43,7 +55,7 @@ class Progress:
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
-                TextColumn("prepare"),
+                TextColumn(self.word),
                 BarColumn(10),
                 TextColumn("{task.percentage:>3.0f}%"),
                 TextColumn("{task.fields[counts]}"),
@@ -52,7 +64,7 @@ class Progress:
                 console=Console(stderr=True),
                 transient=True,
             )
-            self._task = self._bar.add_task("prepare", total=self.total, counts="")
+            self._task = self._bar.add_task(self.word, total=self.total, counts="")
             self._bar.start()
         return self
 
@@ -68,19 +80,26 @@ class Progress:
         self.documents += documents
         self.tokens += tokens
         now = time.monotonic()
-        speed = (self.tokens - self._before[2]) / max(now - self.started, 1e-9)
         if self._bar is not None:
+            speed = (self.tokens - self._before[2]) / max(now - self.started, 1e-9)
             counts = (
                 f"{short(self.documents)} documents | {short(self.tokens)} tokens | {short(speed)} tokens/s"
             )
             self._bar.update(self._task, completed=self.done, counts=counts)
-        elif now - self._last_line >= LINE_SECONDS:
+        elif now - self._last_line >= LINE_SECONDS * self.interval:
             self._last_line = now
-            left = (now - self.started) * (self.total - self.done) / max(self.done - self._before[0], 1)
-            self.report(
-                f"prepare {self.done / self.total:4.0%} | {self.documents:,} documents | {self.tokens:,} tokens | "
-                f"{speed:,.0f} tokens/s | ETA {duration(left)}"
-            )
+            self.report(self._line(now))
+
+    def _line(self, now: float) -> str:
+        others = self._elsewhere() if self._elsewhere is not None else (0, 0, 0)
+        done, documents, tokens = self.done + others[0], self.documents + others[1], self.tokens + others[2]
+        done = min(done, self.total)
+        seconds = max(now - self.started, 1e-9)
+        left = seconds * (self.total - done) / max(done - self._before[0], 1)
+        return (
+            f"{self.word} {done / self.total:4.0%} | {documents:,} documents | {tokens:,} tokens | "
+            f"{(tokens - self._before[2]) / seconds:,.0f} tokens/s | ETA {duration(left)}"
+        )
 
 
 def short(number: float) -> str:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +29,11 @@ from modelyard.errors import UserError, did_you_mean
 CHUNK_BYTES = 1 << 20
 """Text in a chunk: large enough that handing it over costs nothing, small enough that many fit in memory."""
 BOM = b"\xef\xbb\xbf"
+PART_CHUNKS = 8
+"""Chunks' worth of a part, the piece of a source that one of several processes does; more of a large source."""
+CUT_COMPRESSED = 64
+"""A compressed file is divided where it is more than this share of the source: to reach its end, a process must read it
+all, so that of many files each is better left to one."""
 PARAGRAPH_ENDS = (b"\n\n", b"\n\r\n")
 SOURCE_COLUMNS = ("path", "license")
 
@@ -77,8 +84,18 @@ class Chunk:
     end: int
     weight: int
     """Share of the source's `total`, for the progress display."""
+    position: int = 0
+    """Where in the source's `total` it begins; never falls from one chunk to the next."""
     data: bytes | None = None
     group: int = 0
+
+
+Needed = Callable[[int, int], bool]
+"""Whether anything that begins between two positions of a source, both inclusive, is wanted."""
+
+
+def everything(first: int, last: int) -> bool:
+    return True
 
 
 class Source(Protocol):
@@ -86,9 +103,16 @@ class Source(Protocol):
 
     total: int
     """Sum of the chunks' weights."""
+    part_weight: int
+    """Weight of `PART_CHUNKS` chunks, about."""
     fields: Fields
 
-    def chunks(self) -> Iterator[Chunk]: ...
+    def chunks(self, needed: Needed = everything) -> Iterator[Chunk]:
+        """All chunks in order; a file that has nothing that is `needed` is not opened, and may be left out."""
+
+    def count(self, chunk: Chunk) -> int:
+        """Records in a chunk, counted without understanding them where that is quicker."""
+
     def read(self, chunk: Chunk) -> Sequence[Record | None]:
         """The chunk's records in order; None for a source file that is not text. Raises RecordError."""
 
@@ -97,6 +121,9 @@ class Source(Protocol):
 
     def identity(self) -> dict[str, Any]:
         """What tells this source from another, without absolute paths."""
+
+    def cutting(self) -> dict[str, str]:
+        """Versions of what decides where parts begin and end, beside the source itself."""
 
 
 def open_source(config: PrepareDatasetConfig, notices: list[str]) -> Source:
@@ -130,29 +157,42 @@ class LocalSource:
         self.files = list(files)
         self.fields = fields
         self.sample_by = config.sample_by
-        self.total = sum(file.size for file in files)
+        *self._starts, self.total = itertools.accumulate((file.size for file in files), initial=0)
+        self.part_weight = PART_CHUNKS * CHUNK_BYTES
         if any(file.kind == "text" for file in files) and (fields.spans or fields.columns):
             raise UserError(f"{config.path}: .txt files have no columns, so no {fields.names()[1]}")
         self._open: tuple[int, ArrowReader | ParquetReader] | None = None  # the file this process read last
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self, needed: Needed = everything) -> Iterator[Chunk]:
         position = 0
         while position < len(self.files):
-            file = self.files[position]
+            file, start = self.files[position], self._starts[position]
             if self._is_whole(file):
                 end = self._small_files_together(position)
-                yield Chunk(position, position, end, sum(self.files[i].size for i in range(position, end)))
+                weight = sum(self.files[i].size for i in range(position, end))
+                yield Chunk(position, position, end, weight, start)
                 position = end
                 continue
-            if file.kind in ("parquet", "arrow"):
+            if not needed(start, start + self._extent(file)):
+                pass
+            elif file.kind in ("parquet", "arrow"):
                 yield from self._row_chunks(position)
-            elif file.compression or self._is_paragraphs(file):
+            elif self._is_streamed(file):
                 yield from self._streamed_chunks(position)
             else:
                 for begin in range(0, file.size, CHUNK_BYTES):
                     end = min(begin + CHUNK_BYTES, file.size)
-                    yield Chunk(position, begin, end, end - begin)
+                    yield Chunk(position, begin, end, end - begin, start + begin)
             position += 1
+
+    def count(self, chunk: Chunk) -> int:
+        file = self.files[chunk.file]
+        if self._is_whole(file) or file.kind in ("parquet", "arrow"):
+            return chunk.end - chunk.begin
+        data = self._data(chunk)
+        if self._is_paragraphs(file):
+            return sum(1 for _ in _paragraphs(data.split(b"\n")))
+        return data.count(b"\n") + (not data.endswith(b"\n") if data else 0)
 
     def read(self, chunk: Chunk) -> Sequence[Record | None]:
         file = self.files[chunk.file]
@@ -161,12 +201,15 @@ class LocalSource:
         if file.kind in ("parquet", "arrow"):
             rows = self._reader(chunk.file).rows(chunk.group, chunk.begin, chunk.end)
             return [_columnar_record(row, index, self.fields) for index, row in enumerate(rows)]
-        data = chunk.data if chunk.data is not None else _lines_between(file.path, chunk.begin, chunk.end)
-        if chunk.begin == 0:
-            data = data.removeprefix(BOM)
+        data = self._data(chunk)
         if file.kind == "jsonl":
             return _json_records(data, self.fields)
         return _text_records(data, self.sample_by)
+
+    def _data(self, chunk: Chunk) -> bytes:
+        path = self.files[chunk.file].path
+        data = chunk.data if chunk.data is not None else _lines_between(path, chunk.begin, chunk.end)
+        return data.removeprefix(BOM) if chunk.begin == 0 else data
 
     def place(self, chunk: Chunk) -> str:
         return str(self.files[chunk.file].path)
@@ -179,8 +222,30 @@ class LocalSource:
             "sha256": hashlib.sha256(listing.encode()).hexdigest(),
         }
 
+    def cutting(self) -> dict[str, str]:
+        # How far gzip has read when it gives out a stretch of text is its own affair.
+        if any(
+            file.compression == "gz" and self._is_streamed(file) and self._extent(file) for file in self.files
+        ):
+            return {
+                "gzip": f"Python {sys.version_info[0]}.{sys.version_info[1]}, zlib {zlib.ZLIB_RUNTIME_VERSION}"
+            }
+        return {}
+
     def _is_whole(self, file: SourceFile) -> bool:
         return file.kind == "source" or (file.kind == "text" and self.sample_by == "document")
+
+    def _is_streamed(self, file: SourceFile) -> bool:
+        """Whether its chunks are only found by reading it from the beginning."""
+        if self._is_whole(file) or file.kind in ("parquet", "arrow"):
+            return False
+        return bool(file.compression) or self._is_paragraphs(file)
+
+    def _extent(self, file: SourceFile) -> int:
+        """How far beyond its file's start a chunk can begin."""
+        if file.compression and file.size * CUT_COMPRESSED <= self.total:
+            return 0
+        return max(file.size - 1, 0)
 
     def _is_paragraphs(self, file: SourceFile) -> bool:
         return file.kind == "text" and self.sample_by == "paragraph"
@@ -211,14 +276,18 @@ class LocalSource:
         return Record(text, None, tuple(available[name] for name in self.fields.columns))
 
     def _row_chunks(self, position: int) -> Iterator[Chunk]:
-        file = self.files[position]
+        file, start = self.files[position], self._starts[position]
         groups = self._reader(position).groups()
         total_rows = sum(rows for rows, _ in groups)
+        before = 0
         for group, (rows, size) in enumerate(groups):
             step = max(1, min(rows, rows * CHUNK_BYTES // max(size, 1)))
             for begin in range(0, rows, step):
                 end = min(begin + step, rows)
-                yield Chunk(position, begin, end, file.size * (end - begin) // total_rows, group=group)
+                weight = file.size * (end - begin) // total_rows
+                place = start + file.size * (before + begin) // total_rows
+                yield Chunk(position, begin, end, weight, place, group=group)
+            before += rows
 
     def _reader(self, position: int) -> ArrowReader | ParquetReader:
         if self._open is None or self._open[0] != position:
@@ -229,7 +298,8 @@ class LocalSource:
 
     def _streamed_chunks(self, position: int) -> Iterator[Chunk]:
         """Bytes of one file in order, cut where a record ends."""
-        file = self.files[position]
+        file, start = self.files[position], self._starts[position]
+        extent = self._extent(file)
         endings = PARAGRAPH_ENDS if self._is_paragraphs(file) else (b"\n",)
         pending: list[bytes] = []  # pieces of a record whose end has not been seen
         begin = weighed = 0
@@ -242,10 +312,12 @@ class LocalSource:
                 data = b"".join([*pending, block[:cut]])
                 pending = [block[cut:]]
                 consumed = min(stream.consumed(), file.size)
-                yield Chunk(position, begin, begin + len(data), consumed - weighed, data)
+                place = start + min(weighed, extent)
+                yield Chunk(position, begin, begin + len(data), consumed - weighed, place, data)
                 begin, weighed = begin + len(data), consumed
         rest = b"".join(pending)
-        yield Chunk(position, begin, begin + len(rest), file.size - weighed, rest)
+        place = start + min(weighed, extent)
+        yield Chunk(position, begin, begin + len(rest), file.size - weighed, place, rest)
 
 
 class HubSource:
@@ -258,12 +330,16 @@ class HubSource:
         check_columns(self._data.features.arrow_schema, config.path, fields.text, fields.names())
         self._data = self._data.select_columns(list(dict.fromkeys(fields.names()))).with_format("arrow")
         self.total = len(self._data)
+        self._step = max(1, min(10_000, self.total * CHUNK_BYTES // max(self._data.data.nbytes, 1)))
+        self.part_weight = PART_CHUNKS * self._step
 
-    def chunks(self) -> Iterator[Chunk]:
-        step = max(1, min(10_000, self.total * CHUNK_BYTES // max(self._data.data.nbytes, 1)))
-        for begin in range(0, self.total, step):
-            end = min(begin + step, self.total)
-            yield Chunk(0, begin, end, end - begin)
+    def chunks(self, needed: Needed = everything) -> Iterator[Chunk]:
+        for begin in range(0, self.total, self._step):
+            end = min(begin + self._step, self.total)
+            yield Chunk(0, begin, end, end - begin, begin)
+
+    def count(self, chunk: Chunk) -> int:
+        return chunk.end - chunk.begin
 
     def read(self, chunk: Chunk) -> Sequence[Record | None]:
         rows = rows_of(self._data[chunk.begin : chunk.end], self.fields.names())
@@ -274,6 +350,9 @@ class HubSource:
 
     def identity(self) -> dict[str, Any]:
         return {"hub": self.name, "rows": self.total, "fingerprint": self._data._fingerprint}
+
+    def cutting(self) -> dict[str, str]:
+        return {}
 
 
 def _load_hub_dataset(config: PrepareDatasetConfig) -> Any:
@@ -355,8 +434,11 @@ def _text_records(data: bytes, sample_by: str) -> list[Record]:
     lines = data.removesuffix(b"\n").split(b"\n") if data else []
     if sample_by == "line":
         return [Record(_decode(line.removesuffix(b"\r"), index)) for index, line in enumerate(lines)]
-    runs = (list(run) for blank, run in itertools.groupby(lines, lambda line: not line.strip()) if not blank)
-    return [Record(_decode(b"\n".join(run), index)) for index, run in enumerate(runs)]
+    return [Record(_decode(b"\n".join(run), index)) for index, run in enumerate(_paragraphs(lines))]
+
+
+def _paragraphs(lines: list[bytes]) -> Iterator[list[bytes]]:
+    return (list(run) for blank, run in itertools.groupby(lines, lambda line: not line.strip()) if not blank)
 
 
 def _decode(data: bytes, index: int) -> str:

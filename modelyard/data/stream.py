@@ -380,7 +380,6 @@ def prefetched(
 
     thread = Thread(target=work, name=f"prefetch {stream.name}", daemon=True)
     thread.start()
-    gave_up = False
     try:
         for _ in indices:
             waited_from = perf_counter()
@@ -389,7 +388,7 @@ def prefetched(
                     item = ready.get(timeout=_ASKED_AGAIN)
                     break
                 except Empty:
-                    if gave_up := give_up():
+                    if give_up():
                         yield None, perf_counter() - waited_from
                         return
             if isinstance(item, BaseException):
@@ -397,7 +396,8 @@ def prefetched(
             yield item, perf_counter() - waited_from
     finally:
         stop.set()
-        while thread.is_alive() and not gave_up:  # it may be waiting for room to put one more
+        deadline = perf_counter() + _PATIENCE
+        while thread.is_alive() and perf_counter() < deadline:  # it may be waiting for room to put one more
             while not ready.empty():
                 ready.get()
             thread.join(timeout=0.05)
@@ -405,3 +405,5 @@ def prefetched(
 
 _ASKED_AGAIN = 0.5
 """Seconds after which somebody who waits for data looks whether he still should."""
+_PATIENCE = 2.0
+"""Seconds that one who needs no more data waits for the thread that reads it: a disk may have stopped answering."""

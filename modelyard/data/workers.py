@@ -17,8 +17,12 @@ from typing import Any, TypeVar
 from modelyard.errors import UserError
 
 
-class WorkerKilled(UserError):
-    """A worker process is gone: nothing is wrong with the input, so what was done so far can be gone on with."""
+class Stopped(UserError):
+    """Nothing is wrong with the input, so what was done so far can be gone on with."""
+
+
+class WorkerKilled(Stopped):
+    """A worker process is gone."""
 
 
 Item = TypeVar("Item")

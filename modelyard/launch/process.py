@@ -49,6 +49,20 @@ def say_farewell(status: int) -> None:
         _farewell(status)
 
 
+_mendable = False
+
+
+def a_restart_may_mend() -> None:
+    """Called before a failure that all processes have alike, and that may yet not come again: the launcher restarts then."""
+    global _mendable
+    _mendable = True
+
+
+def may_be_mended() -> bool:
+    """Whether `a_restart_may_mend` was called."""
+    return _mendable
+
+
 def output_to(path: Path) -> None:
     """Append what this process writes to standard output and error, libraries' and crashes' words included, to `path`.
 

@@ -13,12 +13,13 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import NamedTuple
 
-from modelyard.launch.process import end_with_parent, on_farewell, output_to
+from modelyard.launch.process import end_with_parent, may_be_mended, on_farewell, output_to
 from modelyard.parallel.rank import rank
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals that are passed on to the ranks."""
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that are passed on to the ranks, which save and leave with 128 and the signal's number."""
 
 
 def main() -> int:
@@ -31,34 +32,45 @@ def main() -> int:
     on_farewell(files.say_farewell)
     files.say_hello()
     if signum := files.stopped_by():
-        status = 128 + signum  # it came before there was anybody to pass it on to
+        status, answered = 128 + signum, True  # it came before there was anybody to pass it on to
     else:
-        status = _run(module)
+        status, answered = _run(module)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:
             status = status or 2
-    files.say_farewell(status)
+    files.say_farewell(status, answered=answered and not may_be_mended())
     # torchrun kills the others as soon as one fails. A rank that leaves because it was told to has not failed, and
     # another may be writing the checkpoint still.
-    return 0 if status == 128 + files.stopped_by() else status
+    return 0 if answered and status - 128 in STOPS else status
 
 
-def _run(module: str) -> int:
+def _run(module: str) -> tuple[int, bool]:
+    """(exit status, whether that is the program's own answer and no accident)."""
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as leaving:
         if leaving.code is None or isinstance(leaving.code, int):
-            return leaving.code or 0
+            return leaving.code or 0, True
         print(leaving.code, file=sys.stderr)
-        return 1
+        return 1, True
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        return 128 + signal.SIGINT, True
     except BaseException:
         traceback.print_exc()
-        return 1
-    return 0
+        return 1, False
+    return 0, True
+
+
+class Farewell(NamedTuple):
+    """How a rank ended that could say so."""
+
+    status: int
+    when: float
+    """[seconds since 1970]"""
+    final: bool
+    """Whether it would end so again: 2 (the user has something to change), a signal, a failure that all ranks have alike."""
 
 
 class RankFiles:
@@ -72,8 +84,15 @@ class RankFiles:
     def say_hello(self) -> None:
         _write(self._pid, str(os.getpid()))
 
-    def say_farewell(self, status: int) -> None:
-        _write(self._status, json.dumps([status, time.time()]))
+    def say_farewell(self, status: int, *, answered: bool = False) -> None:
+        """`answered`: this is what the program has to say, not one rank's accident."""
+        _write(self._status, json.dumps([status, time.time(), answered or status != 1]))
+
+    def leave_word(self, signum: int) -> None:
+        """For every rank of this folder that is not there yet; the first signal counts."""
+        path = self.folder / "signal"
+        if not path.exists():
+            _write(path, str(int(signum)))
 
     def stopped_by(self) -> int:
         """The signal that the launching process was sent; 0: none."""
@@ -88,12 +107,9 @@ class RankFiles:
             except ProcessLookupError:
                 pass
 
-    def farewell(self) -> tuple[int, float] | None:
-        """(exit status, when); None for a rank that was killed."""
-        if not self._status.exists():
-            return None
-        status, when = json.loads(self._status.read_text())
-        return status, when
+    def farewell(self) -> Farewell | None:
+        """None for a rank that was killed."""
+        return Farewell(*json.loads(self._status.read_text())) if self._status.exists() else None
 
     @property
     def log(self) -> Path | None:

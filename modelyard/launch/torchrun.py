@@ -1,156 +1,196 @@
-"""`--nproc N`: N processes of this program on this machine, started and watched by torchrun's agent."""
+"""`--nproc N`: N processes of this program on this machine, one node of a job, started and watched by torchrun's agent."""
 
 from __future__ import annotations
 
 import logging
 import os
 import shutil
-import signal
 import sys
 import tempfile
-import uuid
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from modelyard.errors import RunFailed
-from modelyard.launch.rank import STOPS, RankFiles
+from modelyard.launch.command import Node
+from modelyard.launch.ending import how_it_ended, say, unsaid
+from modelyard.launch.meeting import endpoint_of, is_here, own_address, wait_for_host
+from modelyard.launch.signals import Signals, Stopped
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+    from torch.distributed.elastic.rendezvous import RendezvousHandler
+
+    from modelyard.launch.agent import Agent, End
+
+JOIN = 600
+"""Seconds that a node waits for the others, unless `conf` has join_timeout."""
 
 
 def automatic() -> int:
     """Processes that `--nproc auto` means: one for each GPU, or one."""
-    import torch
+    with _without_warnings():
+        import torch
 
     return max(1, torch.cuda.device_count())
 
 
-def launch(processes: int, module: str, words: Sequence[str]) -> int:
-    """Run `python -m module words` in so many processes; the exit status of the first that failed (128 + n for signal n).
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Around the first import of torch: it says little of a store that goes with its node, which is said here in a line.
 
-    Rank 0 has this process's output. SIGINT, SIGTERM and SIGHUP are passed on, and the ranks decide; if this process is
-    killed, so are they (on Linux). Raises RunFailed where the processes cannot be started.
+    The ranks' torch is not meant.
     """
-    folder = Path(tempfile.mkdtemp(prefix="modelyard-"))
-    ranks = [RankFiles(folder, rank) for rank in range(processes)]
-    before = _pass_signals_on(folder, ranks)
+    name = "TORCH_CPP_LOG_LEVEL"
+    before = os.environ.get(name)
+    os.environ[name] = before or "FATAL"
     try:
-        failures = _run_agent(processes, [str(folder), str(os.getpid()), module, *words], folder)
-        return _status(ranks, failures)
+        yield
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        if before is None:
+            del os.environ[name]
+
+
+def launch(node: Node, module: str, words: Sequence[str]) -> int:
+    """Run `python -m module words` in the job's processes on this node; the exit status of the first that failed for good
+    (128 + n for signal n).
+
+    Rank 0 has its node's output. SIGINT, SIGTERM, SIGHUP and SIGUSR1 are passed on, and the ranks decide; if this process is
+    killed, so are they (on Linux). Raises RunFailed where the processes cannot be started, or the nodes do not meet.
+    """
+    folder, signals = Path(tempfile.mkdtemp(prefix="modelyard-")), Signals()
+    try:
+        with signals.passed_on():
+            return _run_agent(node, folder, [module, *words], signals)
+    except Stopped as stopped:
+        return 128 + stopped.signum
+    finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _pass_signals_on(folder: Path, ranks: list[RankFiles]) -> dict[int, Any]:
-    """From now on; returns the handlers that were there."""
-
-    def pass_on(signum: int, _frame: FrameType | None) -> None:
-        first = folder / "signal"
-        if not first.exists():
-            first.write_text(str(int(signum)))
-        for files in ranks:
-            files.pass_on(signum)
-
-    handler: Callable[[int, FrameType | None], None] = pass_on
-    # What is ignored here (nohup) is ignored there.
-    return {
-        signum: signal.signal(signum, handler)
-        for signum in STOPS
-        if signal.getsignal(signum) != signal.SIG_IGN
-    }
-
-
-def _run_agent(processes: int, arguments: list[str], folder: Path) -> dict[int, int]:
-    """The ranks from their start to their end. Returns the exit codes of those that failed, -n for signal n."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
+def _run_agent(node: Node, folder: Path, words: list[str], signals: Signals) -> int:
+    """The ranks from their start to their end, restarts between them."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // node.processes)))
     # The ranks' store is their own: one that they share with the agent outlives a restart, with the addresses of the dead
     # (https://github.com/pytorch/pytorch/issues/135712).
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    # The agent would stop the ranks at the others, and count to 30.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    with _without_warnings():
+        from torch.distributed.elastic.agent.server.api import WorkerSpec
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.rendezvous import (
+        RendezvousClosedError,
+        RendezvousError,
+        RendezvousTimeoutError,
+    )
 
-    # What it says about processes that end, `_status` says in a line.
+    from modelyard.launch.agent import Agent
+
+    # What it says about processes that end, `how_it_ended` says in a line.
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",  # a free port
-        local_addr="localhost",
-        max_restarts=0,
-        monitor_interval=0.1,
-        logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
-        signals_to_handle="SIGQUIT",  # it would stop the ranks at the others, and count to 30
-    )
     try:
-        elastic_launch(config, sys.executable)("-m", "modelyard.launch.rank", *arguments)
-    except ChildFailedError as error:
-        return {rank: failure.exitcode for rank, failure in error.failures.items()}
+        with signals.without_ranks():
+            handler, store, address, host = _meeting(node)
+        spec = WorkerSpec(
+            role="default_role",
+            local_world_size=node.processes,
+            entrypoint=sys.executable,
+            args=("-m", "modelyard.launch.rank"),  # and what the agent adds, for each start its own
+            rdzv_handler=handler,
+            max_restarts=node.restarts,
+            monitor_interval=0.1,
+            local_addr=address,
+        )
+        agent = Agent(spec, node, store, folder=folder, words=words, signals=signals)
+        try:
+            with suppress(RendezvousClosedError):  # the job is over
+                agent.run()
+        except (Stopped, SignalException):
+            raise  # the others may go on
+        except BaseException:
+            handler.shutdown()
+            raise
+        handler.shutdown()
     except SignalException as error:
-        raise SystemExit(128 + error.sigval) from None
+        raise Stopped(error.sigval) from None
+    except RendezvousTimeoutError:
+        limit = node.conf.get("join_timeout", JOIN)
+        raise RunFailed(
+            f"{node.possible[0]} nodes did not meet at {node.endpoint} within {limit} s; is the same command running on each? "
+            "(--rdzv-conf join_timeout=SECONDS waits longer)"
+        ) from None
+    except RendezvousError as error:
+        raise RunFailed(
+            f"lost contact with {node.endpoint}, where the nodes meet: the node that has it must live as long as the run"
+        ) from error
     except (OSError, RuntimeError) as error:
-        raise RunFailed(f"{processes} processes cannot be started: {error}") from error
-    return {}
+        raise RunFailed(f"{node.processes} processes cannot be started: {error}") from error
+    end = agent.elsewhere or (None if agent.ranks else agent.end(now=True))
+    if not node.alone:
+        agent.linger(host=host)
+    return _farewell(node, agent, signals, end)
+
+
+def _meeting(node: Node) -> tuple[RendezvousHandler, Store, str, bool]:
+    """Where the nodes meet, the store they share, this node's address, and whether it has the store."""
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousParameters
+    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+
+    endpoint, address, hosts = "localhost:0", "localhost", [True]  # a free port
+    if node.endpoint is not None:
+        endpoint, place = node.endpoint, endpoint_of(node.endpoint)
+        address = own_address(place)
+        # Another launcher on this machine may have opened it already.
+        hosts = [True, False] if is_here(place.host) else [False]
+        if not hosts[0]:
+            wait_for_host(place, node.conf.get("join_timeout", JOIN))
+    for host in hosts:
+        parameters = RendezvousParameters(
+            backend="c10d",
+            endpoint=endpoint,
+            run_id=node.run_id,
+            min_nodes=node.possible[0],
+            max_nodes=node.possible[-1],
+            local_addr=address,
+            is_host=host,
+            **node.conf,
+        )
+        try:
+            backend, store = create_backend(parameters)
+        except RendezvousConnectionError:
+            if host == hosts[-1]:
+                raise RunFailed(
+                    f"{node.endpoint} is not where nodes meet: another program has that port; choose another in "
+                    "--rdzv-endpoint, on every node"
+                ) from None
+        else:
+            return create_handler(store, backend, parameters), store, address, host
+    raise AssertionError
+
+
+def _farewell(node: Node, agent: Agent, signals: Signals, end: End | None) -> int:
+    """The exit status, having said why where the screen does not show it; `end` where it was not these ranks' own."""
+    if agent.ranks and end is None:
+        status = agent.status
+        obeyed = signals.first and status == 128 + signals.first
+        if agent.failures and unsaid(agent.ranks, agent.failures) and not obeyed:
+            say(f"error: {how_it_ended(agent.ranks, agent.failures)}")
+        return status
+    if end is None:
+        raise RunFailed(f"the job at {node.endpoint} is over, and nothing says how")
+    if end.orderly:
+        say("the job is over, without ranks on this node at its end")
+    else:
+        say(f"error: the job ended with status {end.status} on another node, which says why")
+    return end.status
 
 
 def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _status(ranks: list[RankFiles], failures: dict[int, int]) -> int:
-    """The exit status of the rank that failed first, having said what it did not say on the screen itself."""
-    ends = [files.farewell() for files in ranks]
-    if not failures:  # those that were told to leave have, and that is no failure to torchrun
-        return next((end[0] for end in ends if end is not None and end[0]), 0)
-    first = _first(ends, failures)
-    end = ends[first]
-    if end is None:
-        code = failures[first]
-        _say(first, _killed(-code) if code < 0 else f"left with status {code}", ranks[first])
-        return 128 - code if code < 0 else code
-    both_refuse = end[0] == 2 and ends[0] is not None and ends[0][0] == 2
-    if first and not both_refuse:
-        _say(first, f"ended with status {end[0]}", ranks[first])
-    return end[0]
-
-
-def _first(ends: list[tuple[int, float] | None], failures: dict[int, int]) -> int:
-    """The rank that failed before the others did because of it.
-
-    Torchrun ends the others with SIGTERM; one that was killed by anything else before it could take its leave has not
-    followed another.
-    """
-    killed = [rank for rank, code in failures.items() if code < 0 and code != -signal.SIGTERM]
-    left = {rank: end[1] for rank in failures if (end := ends[rank]) is not None and end[0]}
-    if killed:
-        return killed[0]
-    return min(left, key=lambda rank: left[rank]) if left else next(iter(failures))
-
-
-def _killed(signum: int) -> str:
-    name = f"signal {signum}"
-    with suppress(ValueError):
-        name = signal.Signals(signum).name
-    memory = ", perhaps because memory ran out" if signum == signal.SIGKILL else ""
-    return f"was killed by {name}{memory}"
-
-
-def _say(rank: int, how: str, files: RankFiles) -> None:
-    last, log = files.last_line(), files.log
-    if last.startswith(f"rank {rank}: "):
-        line = last  # it has said all itself
-    elif log is not None:
-        line = f"rank {rank} {how}; what it wrote is in {os.path.relpath(log)}"
-    else:
-        line = f"rank {rank} {how}" + (f"; it last wrote: {last}" if last else "")
-    print(f"error: {line}", file=sys.stderr, flush=True)

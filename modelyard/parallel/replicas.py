@@ -25,12 +25,13 @@ _CHUNK = {"cpu": 1 << 15, "cuda": 1 << 20}
 """Words that are multiplied at a time: a CPU's cache holds them, a GPU has enough to do."""
 
 
-def copied(parallel: Parallel) -> dict[Along, list[str]]:
-    """The parameters that other processes have the same part of, by the dimensions along which those are."""
+def copied(parallel: Parallel, *, without: Along = ()) -> dict[Along, list[str]]:
+    """The parameters that other processes have the same part of, by the dimensions along which those are, some left out."""
     found: dict[Along, list[str]] = {}
     if isinstance(parallel.weights, ShardedWeights):
         for name in parallel.weights.sharded:
-            if along := parallel.weights.copied_along(name):
+            along = tuple(d for d in parallel.weights.copied_along(name) if d not in without)
+            if along:
                 found.setdefault(along, []).append(name)
     return found
 

@@ -14,6 +14,7 @@ from modelyard.errors import RunFailed
 from modelyard.files import numbered_folders
 from modelyard.launch.process import a_restart_may_mend
 from modelyard.parallel.replicas import Along, copied, differing, digest, hashes, odd_ones
+from modelyard.train.build import compiles
 from modelyard.train.optimizer import MOMENTS
 from modelyard.train.schedule import learning_rate
 from modelyard.train.slow_rank import SlowRanks, Speed, Stopwatch
@@ -51,7 +52,11 @@ class Health:
     def __init__(self, run: Run):
         self._run, self._world, self._settings = run, run.world, run.config.training.health
         self._is_off = run.world.size == 1 or self._settings.interval is None
-        self._copied = copied(run.parallel)
+        # Without sequence parallelism each tensor-parallel process works out the gradients of norms for itself. Compiled
+        # for a GPU, sums may be cut otherwise in each (by what was faster there), and the last bits go their own ways.
+        alike = run.mesh.layout.sequence_parallel or run.device.type == "cpu"
+        alike = alike or not compiles(run.config, run.device)
+        self._copied = copied(run.parallel, without=() if alike else ("tensor",))
         self._at = run.progress.iteration
         """The iteration, counted here: it must not be this process alone that finds a check due."""
         self._equal: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -30,6 +31,9 @@ from modelyard.train.metrics import (
 )
 from modelyard.train.state import Run
 from modelyard.train.wandb_run import WandbRun, require_wandb
+
+LEASE = 180.0
+"""Seconds that a shared disk may take to let go of what a dead machine held."""
 
 
 def train(loaded: Loaded, *, force: bool = False) -> int:
@@ -113,7 +117,11 @@ def _locked(folder: Path) -> Iterator[Callable[[], AbstractContextManager[None]]
                     place.rmdir()
             raise
 
-    with only_one(folder / ".lock", f"another process is training in {folder} at this moment"):
+    # After a restart without the machine that held the lock: NFS lets go of it when its lease is over, some 90 s.
+    patience = LEASE if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" else 0.0
+    with only_one(
+        folder / ".lock", f"another process is training in {folder} at this moment", patience=patience
+    ):
         for pattern in ("checkpoint/*.tmp", "export/*/*.tmp", "profile/*.tmp"):
             for unfinished in folder.glob(pattern):
                 shutil.rmtree(unfinished, ignore_errors=True)  # left over by a run that was killed

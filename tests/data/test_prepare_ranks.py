@@ -69,6 +69,7 @@ def together(cfg: PrepareConfig, world_size: int) -> list[str]:
 def test_parts_depend_on_the_source_alone():
     assert Division(100, 30).count == 4
     assert [Division(100, 30).part(place) for place in (0, 29, 30, 99, 100)] == [0, 0, 1, 3, 3]
+    assert Division(90, 30).part(90) == 2  # an empty file at the end
     assert Division(0, 30).count == 1
     assert Division(0, 30).part(0) == 0
 
@@ -78,7 +79,9 @@ def a_source(tmp_path: Path, kind: str, *, bad: int = -1) -> dict[str, Any]:
     folder = tmp_path / "source"
     folder.mkdir()
     texts = [" ".join(TEXTS[i : i + 1 + i % 9]) for i in range(150)]
-    records = [{"text": text, "url": f"page/{i}", "spans": [[0, i % 3]]} for i, text in enumerate(texts)]
+    records: list[dict[str, Any]] = [
+        {"text": text, "url": f"page/{i}", "spans": [[0, i % 3]]} for i, text in enumerate(texts)
+    ]
     if bad >= 0:
         records[bad]["text"] = None
     if kind == "code":
@@ -103,7 +106,7 @@ def a_source(tmp_path: Path, kind: str, *, bad: int = -1) -> dict[str, Any]:
             frames = ["".join(lines[i : i + 5]).encode() for i in range(0, len(lines), 5)]
             (folder / f"{number}.jsonl.zst").write_bytes(b"".join(map(zstandard.compress, frames)))
         else:
-            (folder / f"{number}.jsonl").write_bytes(data)
+            (folder / f"{number}.jsonl").write_bytes(data.removesuffix(b"\n"))
     return {
         "path": str(folder),
         "loss_masking_spans": "spans",
@@ -124,6 +127,7 @@ def test_every_chunk_is_of_one_part_in_order(tmp_path, monkeypatch, kind):
     assert [chunk for _, chunk in everyone if chunk is not None] == alone
     assert [part for part, chunk in everyone if chunk is None] == list(range(division.count))
     assert sum(chunk.weight for chunk in alone) <= source.total
+    assert [source.count(chunk) for chunk in alone] == [len(source.read(chunk)) for chunk in alone]
     for world_size in (2, 3, 7):
         for rank in range(world_size):
             own = dict.fromkeys(range(rank, division.count, world_size), 0)
@@ -145,7 +149,7 @@ def test_files_of_others_are_not_opened(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sources, "ByteStream", noted)
     division = divide(many)
-    owners = {}
+    owners: dict[str, int] = {}
     for part in range(division.count):
         opened.clear()
         list(part_chunks(many, division, {part: 0}))
@@ -212,7 +216,7 @@ def test_more_processes_than_parts(tmp_path, write_jsonl, tokenizer_folder):
     assert 2 < count < 9
     lines = together(cfg, 9)
     assert checksums(tmp_path / "out") == checksums(tmp_path / "whole")
-    idle = [line for line in lines if f"nothing to do: the source has {count} parts" in line]
+    idle = [line for line in lines if f"nothing to do: the source is of {count} parts, " in line]
     assert [line.split(":")[0] for line in idle] == [f"rank {rank}" for rank in range(8, count - 1, -1)]
 
 
@@ -229,7 +233,7 @@ def kill(cfg: PrepareConfig, *how: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def check_kills(tmp_path: Path, cfg: PrepareConfig, *how: int) -> list[dict[str, Any]]:
+def check_kills(tmp_path: Path, cfg: PrepareConfig, *how: int) -> list[str]:
     """Returns what the starts that were not killed said."""
     make(cfg.model_copy(update={"output_path": tmp_path / "whole"}))
     whole = checksums(tmp_path / "whole")
@@ -240,12 +244,13 @@ def check_kills(tmp_path: Path, cfg: PrepareConfig, *how: int) -> list[dict[str,
     for outcome in (*after, outcomes[-1]):
         assert set(outcome["statuses"].values()) == {0}, outcome
         assert checksums(tmp_path / "out" / str(outcome["n"])) == whole
+        assert not any("note: " in line for line in outcome["lines"]), outcome
     names = {str(outcome["n"]) for outcome in outcomes}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     return [line for outcome in after for line in outcome["lines"]]
 
 
-@pytest.mark.parametrize(("victim", "step"), [(0, 37), (1, 3)])
+@pytest.mark.parametrize(("victim", "step"), [(0, 53), (1, 4)])
 def test_killed_before_durable_operations(tmp_path, write_jsonl, tokenizer_folder, victim, step):
     """Any of a rank's, the others at any moment; then gone on with by more, fewer, as many, or one."""
     cfg = everything(tmp_path, write_jsonl(RECORDS[:40]), tokenizer_folder)
@@ -254,10 +259,10 @@ def test_killed_before_durable_operations(tmp_path, write_jsonl, tokenizer_folde
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1, 2])
-def test_killed_anywhere(tmp_path, write_jsonl, tokenizer_folder, victim):
+@pytest.mark.parametrize(("victim", "step"), [(0, 5), (1, 1), (2, 1)])
+def test_killed_anywhere(tmp_path, write_jsonl, tokenizer_folder, victim, step):
     cfg = everything(tmp_path, write_jsonl(RECORDS[:40]), tokenizer_folder)
-    check_kills(tmp_path, cfg, victim, 3, 2, 3, 1, 3, 3, 3, 4, 2)
+    check_kills(tmp_path, cfg, victim, 3, 2, 3, 1, 3, 3, 3, 4, step)
 
 
 def test_a_part_goes_on_at_the_chunk_where_it_was_killed(
@@ -282,14 +287,15 @@ def test_a_part_goes_on_at_the_chunk_where_it_was_killed(
     assert sorted(path.name[:5] for path in folder.glob("*.part")) == ["00001", "00003"]
     (unfinished,) = folder.glob("00003.*.part")
     with unfinished.open("ab") as file:
-        file.write(b"half of a chunk")
+        file.write(b"\xff" * 64)
     done = list(begun)
-    monkeypatch.setattr(
-        assemble, "tokenize_chunk", lambda job, chunk: begun.append(chunk.begin) or tokenize_chunk(job, chunk)
-    )
-    lines: list[str] = []
-    for rank in (2, 1, 0):
-        prepare(as_rank(cfg, rank, 3), report=lines.append, terminal=False)
+
+    def counted(job, chunk):
+        begun.append(chunk.begin)
+        return tokenize_chunk(job, chunk)
+
+    monkeypatch.setattr(assemble, "tokenize_chunk", counted)
+    together(cfg, 3)
     assert len(begun) == len(set(begun))
     assert set(done) < set(begun)
     assert checksums(tmp_path / "out") == checksums(tmp_path / "whole")
@@ -301,7 +307,7 @@ def test_one_process_takes_what_several_have_made_and_the_other_way_round(
     cfg = everything(tmp_path, write_jsonl(RECORDS), tokenizer_folder)
     make(cfg.model_copy(update={"output_path": tmp_path / "whole"}))
     begun: list[int] = []
-    stop = 7
+    stop = 8
 
     def counted(job, chunk):
         if len(begun) == stop:
@@ -313,13 +319,66 @@ def test_one_process_takes_what_several_have_made_and_the_other_way_round(
     monkeypatch.setattr(stores, "SAVE_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
         make(cfg)
-    assert json.loads((tmp_path / "out.tmp" / "unfinished.json").read_text())["part"] == 6
+    assert json.loads((tmp_path / "out.tmp" / "unfinished.json").read_text())["part"] == 7
     stop = -1
     prepare(as_rank(cfg, 1, 2), report=lambda _: None, terminal=False)
+    numbers = {int(path.stem) for path in part_folder(tmp_path).glob("0*.json")}
+    assert numbers == set(range(7, divide(open_source(cfg.dataset, [])).count, 2))  # those before are stored
     make(cfg)
-    assert len(begun) == len(set(begun))
+    assert len(begun) == len(set(begun)) + 1  # part 7 was begun in the stores, and is rank 1's of two
     assert checksums(tmp_path / "out") == checksums(tmp_path / "whole")
     assert not (tmp_path / "out.parts").exists()
+
+
+def test_parts_stay_until_they_are_stored_for_good(tmp_path, write_jsonl, tokenizer_folder, monkeypatch):
+    """A kill before the stores are synced must not cost the work of others."""
+    cfg = everything(tmp_path, write_jsonl(RECORDS), tokenizer_folder)
+    prepare(as_rank(cfg, 1, 2), report=lambda _: None, terminal=False)
+    made = {path.name for path in part_folder(tmp_path).glob("0*")}
+    last = divide(open_source(cfg.dataset, [])).count - 1
+    begun: list[int] = []
+
+    def stopping(job, chunk):
+        begun.append(chunk.position)
+        if chunk.position // 1000 >= last - 1:
+            raise KeyboardInterrupt
+        return tokenize_chunk(job, chunk)
+
+    monkeypatch.setattr(assemble, "tokenize_chunk", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(as_rank(cfg, 0, 2), report=lambda _: None, terminal=False)
+    assert len(begun) > 3
+    assert {path.name for path in part_folder(tmp_path).glob("0*")} == made
+    monkeypatch.setattr(stores, "SAVE_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(as_rank(cfg, 0, 2), report=lambda _: None, terminal=False)
+    # Each chunk was saved: of what is stored nothing is left but, perhaps, the part after the last save.
+    assert len({path.name for path in part_folder(tmp_path).glob("0*")}) <= 4
+
+
+def test_rank_0_counts_what_all_have_made(tmp_path, write_jsonl, tokenizer_folder, monkeypatch):
+    monkeypatch.setattr("modelyard.data.progress.LINE_SECONDS", 0.0)
+    cfg = everything(tmp_path, write_jsonl(RECORDS), tokenizer_folder)
+    real = assemble.tokenize_chunk
+    waiting = True
+
+    def others_first(job, chunk):
+        nonlocal waiting
+        if waiting:  # rank 1 makes its share while rank 0 is at its first chunk
+            waiting = False
+            prepare(as_rank(cfg, 1, 2), report=lines.append, terminal=False)
+        return real(job, chunk)
+
+    monkeypatch.setattr(assemble, "tokenize_chunk", others_first)
+    lines: list[str] = []
+    prepare(as_rank(cfg, 0, 2), report=lines.append, terminal=False)
+    own = [line for line in lines if line.startswith("prepare ")]
+    other = [line for line in lines if line.startswith("rank 1: prepare ")]
+    half, whole = (int(lines[-1].split("|")[1].split()[0]) for lines in (other, own))
+    assert 100 < half < 200
+    assert whole == 300
+    assert own[-1].startswith("prepare 100% | 300 documents | ")
+    assert int(own[0].split("|")[1].split()[0]) > half
 
 
 # what goes wrong
@@ -330,8 +389,9 @@ def part_folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("harm", ["cut", "changed", "gone"])
-def test_a_damaged_part_is_made_again(tmp_path, write_jsonl, tokenizer_folder, harm):
+@pytest.mark.parametrize("harm", ["cut", "changed", "gone", "order"])
+def test_a_damaged_part_is_made_again(tmp_path, write_jsonl, tokenizer_folder, monkeypatch, harm):
+    monkeypatch.setattr(sources, "PART_CHUNKS", 2)
     cfg = everything(tmp_path, write_jsonl(RECORDS), tokenizer_folder)
     make(cfg.model_copy(update={"output_path": tmp_path / "whole"}))
     prepare(as_rank(cfg, 1, 2), report=lambda _: None, terminal=False)
@@ -341,6 +401,10 @@ def test_a_damaged_part_is_made_again(tmp_path, write_jsonl, tokenizer_folder, h
         file.unlink()
     elif harm == "cut":
         file.write_bytes(data[:-1])
+    elif harm == "order":
+        first = 40 + int.from_bytes(data[:8], "little")
+        assert len(data) == first + 40 + int.from_bytes(data[first : first + 8], "little")
+        file.write_bytes(data[first:] + data[:first])
     else:
         data[-1] ^= 1
         file.write_bytes(data)
@@ -348,7 +412,8 @@ def test_a_damaged_part_is_made_again(tmp_path, write_jsonl, tokenizer_folder, h
     prepare(as_rank(cfg, 0, 2), report=lines.append, terminal=False)
     said = {
         "cut": f"{file} has {len(data) - 1:,} bytes where its manifest says {len(data):,}",
-        "changed": f"{file}: chunk 0 differs from its checksum",
+        "changed": f"{file}: chunk 1 differs from its checksum",
+        "order": f"{file} differs from its checksum",
         "gone": f"{file} cannot be read (No such file or directory)",
     }[harm]
     assert f"note: {said}; part 4 is made here" in lines
@@ -539,6 +604,28 @@ def test_a_rank_that_comes_when_all_is_done(tmp_path, write_jsonl, tokenizer_fol
         ]
     assert checksums(tmp_path / "out") == before
     assert not (tmp_path / "out.parts").exists()
+
+
+def test_torchruns_machines_leave_together(tmp_path, write_jsonl, tokenizer_folder, monkeypatch):
+    """Where there are several of them, a rank stays until rank 0 has put all together."""
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setattr(ranks, "BEAT_SECONDS", 0.0)
+    cfg = everything(tmp_path, write_jsonl(RECORDS[:60]), tokenizer_folder)
+    slept = 0
+
+    def sleep(_: float) -> None:
+        nonlocal slept
+        slept += 1
+        assert (tmp_path / "out.parts").exists()
+        if slept == 3:
+            prepare(as_rank(cfg, 0, 2), report=lambda _: None, terminal=False)
+
+    lines: list[str] = []
+    monkeypatch.setattr(ranks.time, "sleep", sleep)
+    prepare(as_rank(cfg, 1, 2), report=lines.append, terminal=False)
+    assert slept == 3
+    assert (tmp_path / "out").exists()
+    assert [line.split(",")[0].split(":")[1] for line in lines] == [" its share is done"]
 
 
 # which rank this is

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import yaml
 from pydantic import TypeAdapter
 
+import modelyard.data.stream as stream_module
 from modelyard.config.batch import BatchConfig
 from modelyard.config.data import DatasetConfig, SamplingConfig
 from modelyard.data.batch import Batch
@@ -399,3 +401,28 @@ def test_packed_epoch_trains_each_token_once(store):
             expected += np.bincount(tokens[1:][mask[1:] == 0], minlength=1000)
     targets = rows.labels[rows.labels != -100].numpy()
     assert np.array_equal(np.bincount(targets, minlength=1000), expected)
+
+
+def test_a_reader_that_hangs_does_not_keep_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that does not answer: whoever closes goes on after a moment."""
+    monkeypatch.setattr(stream_module, "_PATIENCE", 0.2)
+    never = threading.Event()
+
+    class Hanging:
+        name = "hanging"
+
+        def batch(self, index: int, share: Any) -> Any:
+            if index == 2:
+                never.wait()
+            return index
+
+    batches = prefetched(Hanging(), range(10))  # type: ignore[arg-type]
+    assert next(batches)[0] == 0
+    begin = time.monotonic()
+    batches.close()
+    assert time.monotonic() - begin < 5
+    asked = []
+    batches = prefetched(Hanging(), range(2, 10), give_up=lambda: asked.append(1) or len(asked) == 2)  # type: ignore[arg-type, func-returns-value]
+    assert next(batches)[0] is None
+    assert list(batches) == []
+    never.set()

@@ -64,7 +64,9 @@ def test_what_rank_0_has_said_too_is_not_repeated(tmp_path: Path) -> None:
         ranks[1].say_farewell(status)
         ranks[0].say_farewell(status)
         assert unsaid(ranks, {0: status, 1: status}) == repeated
-    assert how_it_ended(ranks, {0: 1, 1: 1}) == "rank 1 ended with status 1; it last wrote: error: the same line"
+    assert (
+        how_it_ended(ranks, {0: 1, 1: 1}) == "rank 1 ended with status 1; it last wrote: error: the same line"
+    )
     ranks[1].output.write_text("Traceback\nrank 1: no progress for 60 s in forward of iteration 3\n")
     assert how_it_ended(ranks, {0: 1, 1: 1}) == "rank 1: no progress for 60 s in forward of iteration 3"
 
@@ -75,7 +77,10 @@ def test_without_rank_0_all_is_said(ranks: dict[int, RankFiles]) -> None:
     for files in ranks.values():
         files.say_farewell(2)
     assert unsaid(ranks, {2: 2, 3: 2})
-    assert how_it_ended(ranks, {2: 2, 3: 2}) == "rank 2 ended with status 2; it last wrote: error: the data is not there"
+    assert (
+        how_it_ended(ranks, {2: 2, 3: 2})
+        == "rank 2 ended with status 2; it last wrote: error: the data is not there"
+    )
 
 
 def test_a_killed_rank_says_where_its_words_are(ranks: dict[int, RankFiles]) -> None:

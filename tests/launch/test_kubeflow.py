@@ -134,7 +134,7 @@ def run(
 ) -> tuple[list[str], dict[str, str]]:
     """The words and the environment that `modelyard` is started with in a container."""
     stand_ins = StandIns(folder)
-    stand_ins.program("modelyard", "env -0\n")
+    stand_ins.program("modelyard", "env -0; printf 'PPID=%s\\0' $PPID\n")
     there = container(job, replica)
     env = dict(operator)
     for entry in there.get("env", []):
@@ -231,6 +231,9 @@ def test_anything_may_be_in_a_word(here: Path, capsys: Screen) -> None:
     files = ["/etc/modelyard/train.yaml", "/etc/modelyard/more-of-it.yaml"]
     assert words[:4] == ["train", *files, f"run.experiment_dir={odd}"]
     assert (env["ODD"], env["SET"]) == (odd, "up")
+    # No shell in between, which would keep SIGTERM to itself (some shells see to that themselves).
+    assert env["PPID"] == str(os.getpid())
+    assert container(job)["command"][2].splitlines()[-1].startswith("exec modelyard ")
 
 
 def test_files_of_the_same_name(here: Path, capsys: Screen) -> None:

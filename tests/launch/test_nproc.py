@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from modelyard.cli import main
+from modelyard.launch.command import Node
 from tests.config.helpers import TINY
 from tests.conftest import ROOT
 
-Started = list[tuple[int, str, list[str]]]
+Started = list[tuple[Node, str, list[str]]]
 
 
 @pytest.fixture
@@ -21,8 +22,8 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Started:
     """What is started in place of processes; in a folder with train.yaml."""
     calls: Started = []
 
-    def launch(processes: int, module: str, words: list[str]) -> int:
-        calls.append((processes, module, words))
+    def launch(node: Node, module: str, words: list[str]) -> int:
+        calls.append((node, module, words))
         return 7
 
     monkeypatch.setattr("modelyard.launch.torchrun.launch", launch)
@@ -41,9 +42,35 @@ def test_the_same_words_in_each_process(started: Started) -> None:
     assert main(["train", "train.yaml", "--nproc", "auto"]) == 7
     rest = ["gpt", "training.train_iters=3", "batch.batch_size=4", "--config", "train.yaml", "--force"]
     assert started == [
-        (2, "modelyard", ["train", *rest]),
-        (2, "modelyard", ["evaluate", "train.yaml", "--checkpoint", "run/checkpoint/3", "--json"]),
-        (4, "modelyard", ["train", "train.yaml"]),
+        (Node(2, run_id="runs/tiny"), "modelyard", ["train", *rest]),
+        (
+            Node(2, run_id="runs/tiny"),
+            "modelyard",
+            ["evaluate", "train.yaml", "--checkpoint", "run/checkpoint/3", "--json"],
+        ),
+        (Node(4, run_id="runs/tiny"), "modelyard", ["train", "train.yaml"]),
+    ]
+
+
+def test_nodes_and_restarts(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the numbers of nodes those that the layout can use; the ranks hear nothing of all that."""
+    there = ["--nproc", "1", "--rdzv-endpoint", "node1:29500"]
+    conf = ["--rdzv-conf", "last_call_timeout=5,join_timeout=60"]
+    assert main(["train", "train.yaml", *there, "--nnodes", "1:4", "--max-restarts", "3", *conf]) == 7
+    assert main(["evaluate", "train.yaml", *there, "--nnodes", "2", "--rdzv-id", "mine"]) == 7
+    assert main(["train", "train.yaml", "--nproc", "2", "--max-restarts", "1"]) == 7
+    monkeypatch.setattr("modelyard.launch.torchrun.automatic", lambda: 1)
+    assert main(["train", "train.yaml", "--nproc", "auto", "--nnodes=3:4", *there[2:]]) == 7  # one on each
+    nodes = {"possible": (1, 2, 4), "endpoint": "node1:29500", "run_id": "runs/tiny"}
+    seconds = {"last_call_timeout": 5, "join_timeout": 60}
+    assert [node for node, _, _ in started] == [
+        Node(1, **nodes, restarts=3, conf=seconds),  # type: ignore[arg-type]
+        Node(1, (2,), "node1:29500", "mine"),
+        Node(2, run_id="runs/tiny", restarts=1),
+        Node(1, (4,), "node1:29500", "runs/tiny"),
+    ]
+    assert [words for _, _, words in started] == [
+        [verb, "train.yaml"] for verb in ("train", "evaluate", "train", "train")
     ]
 
 
@@ -66,6 +93,19 @@ def test_the_same_words_in_each_process(started: Started) -> None:
         ),
         (["--nproc", "two"], "modelyard train: argument --nproc: 'two' is neither a whole number from 1 on nor auto (modelyard train --help lists them)"),
         (["--nproc", "0"], "modelyard train: argument --nproc: '0' is neither a whole number from 1 on nor auto (modelyard train --help lists them)"),
+        (["--nproc", "1", "--nnodes", "3", "--rdzv-endpoint", "a:1"], "--nnodes 3 with --nproc 1: numbers of nodes that are possible: 1, 2, 4"),
+        (["--nproc", "8", "--nnodes", "1:2", "--rdzv-endpoint", "a:1"], "--nnodes 1:2 with --nproc 8: no number of nodes up to 3 is possible with so many processes each"),
+        (["--nproc", "1", "--nnodes", "2"], "--nnodes 2 needs --rdzv-endpoint HOST:PORT, the same on every node: one of them that the others reach, and a port that is free there (29500, say)"),
+        (["--nproc", "1", "--rdzv-endpoint", "a:1"], "--rdzv-endpoint is where several nodes meet; add --nnodes N or MIN:MAX, or leave it out"),
+        (["--nproc", "1", "--rdzv-id", "a"], "--rdzv-id is where several nodes meet; add --nnodes N or MIN:MAX, or leave it out"),
+        (["--max-restarts", "3"], "--max-restarts needs --nproc N|auto, too: the processes that are started on each node"),
+        (["--nproc", "1", "--nnodes", "4:2"], "modelyard train: argument --nnodes: '4:2' is neither a whole number of nodes from 1 on nor two as MIN:MAX, the smaller first (modelyard train --help lists them)"),
+        (["--nproc", "1", "--nnodes", ":2"], "modelyard train: argument --nnodes: ':2' is neither a whole number of nodes from 1 on nor two as MIN:MAX, the smaller first (modelyard train --help lists them)"),
+        (["--nproc", "1", "--rdzv-endpoint", "node1"], "modelyard train: argument --rdzv-endpoint: 'node1' is not HOST:PORT; write node1:29500, say (modelyard train --help lists them)"),
+        (["--nproc", "1", "--rdzv-endpoint", "node1:x"], "modelyard train: argument --rdzv-endpoint: 'node1:x': the port is a number from 1 to 65535, not 'x' (modelyard train --help lists them)"),
+        (["--nproc", "1", "--max-restarts", "-1"], "modelyard train: argument --max-restarts: '-1' is not a whole number from 0 on (modelyard train --help lists them)"),
+        (["--nproc", "1", "--rdzv-conf", "join_timeot=3"], "modelyard train: argument --rdzv-conf: 'join_timeot' is none of join_timeout, last_call_timeout, keep_alive_interval, keep_alive_max_attempt, close_timeout, read_timeout; did you mean 'join_timeout'? (modelyard train --help lists them)"),
+        (["--nproc", "1", "--rdzv-conf", "join_timeout"], "modelyard train: argument --rdzv-conf: 'join_timeout' is not join_timeout=NUMBER, a whole number from 1 on (modelyard train --help lists them)"),
         (
             ["model.multi_stage.cpu_offload=yes"],
             "override 1: model.multi_stage.cpu_offload: yes needs processes that torchrun starts, be it one: --nproc 1",
@@ -94,6 +134,32 @@ def test_nproc_under_torchrun(
     assert started == []
 
 
+def test_torchruns_store_on_several_nodes(
+    started: Started, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A node that comes back would not find the others: said before it happens."""
+    monkeypatch.setattr("modelyard.launch.command.end_with_parent", lambda: None)
+    there = {
+        "TORCHELASTIC_RUN_ID": "a",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_MAX_RESTARTS": "3",
+    }
+    for name, value in {**there, "GROUP_WORLD_SIZE": "2", "WORLD_SIZE": "8", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    warning = "warning: restarts on several nodes need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment"
+    assert main(["train", "train.yaml"]) == 2  # no layout on 8 processes
+    assert capsys.readouterr().err.startswith(warning)
+    for name, value in (
+        ("TORCHELASTIC_USE_AGENT_STORE", "False"),
+        ("TORCHELASTIC_MAX_RESTARTS", "0"),
+        ("GROUP_WORLD_SIZE", "1"),
+    ):
+        with monkeypatch.context() as other:
+            other.setenv(name, value)
+            assert main(["train", "train.yaml"]) == 2
+        assert warning not in capsys.readouterr().err
+
+
 def test_validate_shows_the_layout(started: Started, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train.yaml", "model.distributed.pipeline_parallel=2", "batch.micro_batch_size=1"]
     assert main(["validate", *words, "--nproc", "4"]) == 0
@@ -108,6 +174,8 @@ def test_validate_shows_the_layout(started: Started, capsys: pytest.CaptureFixtu
         in captured.err
     )
     assert "  processes  3 cannot be laid out so\n" in captured.out
+    assert main(["train", "-v", *words, "--nproc", "1", "--nnodes", "1:4", "--rdzv-endpoint", "a:1"]) == 0
+    assert "  processes  4 = 2 data x 2 pipeline" in capsys.readouterr().out
     assert started == []
 
 

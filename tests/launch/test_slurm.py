@@ -43,7 +43,7 @@ def test_what_slurm_is_told(here: Path, capsys: Screen) -> None:
     ]  # fmt: skip
     bare = options(launched(capsys, "slurm", "train.yaml", "--nodes", "1:2", *CPUS))
     assert bare == [
-        "job-name=train", "nodes=1-2", "ntasks-per-node=1", f"chdir='{here}'", f"output='{here}/train-%j.out'",
+        "job-name=train", "nodes=1-2", f"chdir='{here}'", f"output='{here}/train-%j.out'",
         "open-mode=append", "requeue", "signal=B:USR1@300", "no-kill",
     ]  # fmt: skip
     several = options(
@@ -65,7 +65,7 @@ def step(script: str, folder: Path, **more: str) -> list[str]:
 
 HERE = [sys.executable, "-m", "modelyard"]
 PLAIN = ["--export=ALL", "--cpu-bind=none"]
-TRAINING = ["--kill-on-bad-exit=0", "--wait=0"]
+TRAINING = ["--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=0"]
 
 
 @pytest.mark.parametrize(
@@ -161,14 +161,14 @@ class Queue:
         self.script = launched(capsys, "slurm", *words, "--log", "logs/%j.out")
         (folder / "logs").mkdir()
 
-    def start(self, does: str, *, told: bool = False) -> tuple[int, str]:
+    def start(self, does: str, *, told: bool = False, **more: str) -> tuple[int, str]:
         """One start, with what srun does there; whether it was queued again is in `requeued`."""
         (self.folder / "waiting").unlink(missing_ok=True)
         (self.stand_ins.folder / "scontrol.words").unlink(missing_ok=True)
         self.stand_ins.program("srun", does)
         restarts = {"SLURM_RESTART_COUNT": str(self.starts)} if self.starts else {}
         self.starts += 1
-        return self.stand_ins.run(self.script, self.folder, told=told, **JOB, **restarts)
+        return self.stand_ins.run(self.script, self.folder, told=told, **JOB, **restarts, **more)
 
     @property
     def requeued(self) -> bool:
@@ -212,6 +212,15 @@ def test_what_is_queued_again(queue: Queue, status: int, state: str, again: bool
     assert queue.notes == ([".modelyard-40007"] if again else [])
 
 
+def test_a_job_that_lost_too_many_nodes(here: Path, capsys: Screen) -> None:
+    """Slurm has taken them from it and lets it go on; where it cannot, it waits for others."""
+    queue = Queue(here, capsys, "train.yaml", *CPUS, "--nodes", "2:4")
+    for nodes, status, again in ((4, 1, False), (1, 2, False), (1, 1, True)):
+        queue.stand_ins.state = f"JobState=RUNNING Reason=None PreemptTime=None NumNodes={nodes} NumCPUs=4"
+        assert queue.start(f"exit {status}\n", SLURM_JOB_NUM_NODES="4")[0] == status
+        assert queue.requeued == again
+
+
 def test_the_signal_before_the_time_limit(queue: Queue) -> None:
     assert queue.start(WAIT, told=True)[0] == 138
     assert queue.requeued
@@ -234,7 +243,7 @@ def test_a_job_that_gets_nowhere_is_given_up(queue: Queue) -> None:
     saves = f"mkdir -p '{checkpoints}'/9 '{checkpoints}'/10 '{checkpoints}'/11.tmp '{checkpoints}'/12.damaged; exit 138\n"
     assert queue.start(saves)[0] == 138
     assert queue.requeued
-    assert queue.start("exit 138\n")[0] == 138
+    assert queue.start(f"mkdir '{checkpoints}'/13.tmp; exit 138\n")[0] == 138
     assert queue.requeued
     assert queue.start("exit 138\n") == (
         1, "modelyard: 2 starts in a row ended without a new checkpoint; the job is not queued again\n",

@@ -154,6 +154,12 @@ def trained_and_broken(case: Case) -> tuple[int, list[str]]:
             mesh=run.mesh,
         )
     wrong, here = [], copied(run)
+    fewer = copied(run, without=("tensor",))
+    along = {tuple(d for d in dimensions if d != "tensor") for dimensions in here} - {()}
+    if set(fewer) != along or sum(map(len, fewer.values())) != sum(
+        len(n) for d, n in here.items() if d != ("tensor",)
+    ):
+        wrong.append(f"without tensor: {fewer}")
     # What is the same by what this process knows, against the places of all parts.
     rank, names = dist.get_rank(), [name for names in here.values() for name in names]
     places = {name: str(local_slice(p)) for name, p in weights.sharded.items()}  # type: ignore[union-attr]

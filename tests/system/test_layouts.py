@@ -104,6 +104,10 @@ def test_a_run_goes_through_layouts_as_through_one_process(project: Path) -> Non
     split = modelyard(*words, matrices, "training.shutdown={interval: 6}", "--nproc", 2, cwd=project)
     assert split.status == 0, split.err
     assert "resuming from run/checkpoint/3\n" in split.out
+    assert (
+        "it was on 2 processes = 2 data, zero_stage 3; now it is on 2 processes = 2 tensor, zero_stage 1, with the same 4 rows"
+        in split.out
+    )
     assert split.out.endswith("shutdown after iteration 6, as training.shutdown says\n")
 
     layers = ("model.distributed.pipeline_parallel=2", "batch.micro_batch_size=1")

@@ -84,6 +84,9 @@ def stopped_while_data_is_late(hears: int | None, late: int, *keys: str) -> tupl
     sent: list[float] = []
 
     def send() -> None:
+        metrics = Path("run/metrics.jsonl")
+        while not metrics.exists() or metrics.read_text().count("\n") < 3:
+            time.sleep(0.01)
         time.sleep(0.3)  # the others are on their way into the step by then
         sent.append(time.monotonic())
         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,141 @@
+"""Conversations as other people's files have them, as they come: a record → a conversation.
+
+- `messages`: OpenAI's (`messages`, perhaps `tools`).
+- `sharegpt`: `conversations` of `from` and `value`, perhaps `system` and `tools`; `function_call` and `observation` are calls
+  and results in JSON.
+- `alpaca`: `instruction`, perhaps `input` and `system`, and `output` or `response`.
+- `pair`: `prompt` and `completion`, or `question` and `answer`: text, or messages.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+from modelyard.chat.conversation import Conversation, ConversationError, read_conversation
+
+Format = Literal["messages", "sharegpt", "alpaca", "pair"]
+
+_TELLING: dict[Format, tuple[tuple[str, ...], ...]] = {
+    "messages": (("messages",),),
+    "sharegpt": (("conversations",), ("conversation",)),
+    "alpaca": (("instruction", "output"), ("instruction", "response")),
+    "pair": (("prompt", "completion"), ("prompt", "response"), ("question", "answer")),
+}
+"""Columns that a record of the format has: all of one of these."""
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+
+def format_of(record: Mapping[str, Any]) -> Format | None:
+    """The format of a record by its columns; None where it is of none."""
+    return next((name for name in FORMATS if _has(record, name)), None)
+
+
+def read_record(record: Mapping[str, Any], format: Format | None = None) -> Conversation:
+    """The conversation of a record. Raises ConversationError, which says what is wrong with it."""
+    chosen = format or format_of(record)
+    if chosen is None:
+        columns = ", ".join(map(str, record)) or "none"
+        raise ConversationError(
+            f"its columns ({columns}) are those of no format of conversations: {_formats()}"
+        )
+    if not _has(record, chosen):
+        raise ConversationError(f"it has not the columns of the format {chosen}: {_columns(chosen)}")
+    return _READERS[chosen](record)
+
+
+def _has(record: Mapping[str, Any], format: Format) -> bool:
+    return any(all(column in record for column in columns) for columns in _TELLING[format])
+
+
+def _columns(format: Format) -> str:
+    return " or ".join(" and ".join(columns) for columns in _TELLING[format])
+
+
+def _formats() -> str:
+    return "; ".join(f"{name} ({_columns(name)})" for name in FORMATS)
+
+
+def _messages(record: Mapping[str, Any]) -> Conversation:
+    return read_conversation(record["messages"], record.get("tools"))
+
+
+_SPEAKERS = {
+    "human": "user", "user": "user", "prompter": "user",
+    "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool", "observation": "tool", "function_response": "tool", "ipython": "tool",
+    "function_call": "call", "function-call": "call",
+}  # fmt: skip
+
+
+def _sharegpt(record: Mapping[str, Any]) -> Conversation:
+    turns = record.get("conversations", record.get("conversation"))
+    if not isinstance(turns, list):
+        raise ConversationError("conversations is not a list")
+    messages: list[dict[str, Any]] = []
+    if record.get("system"):
+        messages.append({"role": "system", "content": record["system"]})
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
+            raise ConversationError(f"turn {number} has not both 'from' and 'value'")
+        role = _SPEAKERS.get(str(turn["from"]).lower())
+        if role is None:
+            raise ConversationError(
+                f"turn {number} is from {turn['from']!r}, who is none of {', '.join(_SPEAKERS)}"
+            )
+        if role == "call":
+            messages.append({"role": "assistant", "content": "", "tool_calls": _calls(turn["value"], number)})
+        else:
+            message = {"role": role, "content": turn["value"]}
+            messages.append(message if turn.get("weight") is None else {**message, "weight": turn["weight"]})
+    return read_conversation(messages, record.get("tools") or None)
+
+
+def _calls(value: Any, number: int) -> list[Any]:
+    """One call or several, as JSON text or objects."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ConversationError(f"turn {number} is a call that is no JSON ({error})") from None
+    return value if isinstance(value, list) else [value]
+
+
+def _alpaca(record: Mapping[str, Any]) -> Conversation:
+    asked = record["instruction"]
+    if record.get("input"):
+        asked = f"{asked}\n\n{record['input']}"
+    messages = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+    answer = record["output"] if "output" in record else record["response"]
+    messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    return read_conversation(messages)
+
+
+def _pair(record: Mapping[str, Any]) -> Conversation:
+    names = next(columns for columns in _TELLING["pair"] if all(column in record for column in columns))
+    asked, answer = (record[name] for name in names)
+    if isinstance(asked, str) and isinstance(answer, str):
+        return read_conversation(
+            [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        )
+    if isinstance(asked, list) and isinstance(answer, list):
+        # What is before the answer is told and not trained on.
+        before = [
+            {**message, "weight": 0}
+            if isinstance(message, Mapping) and message.get("role") == "assistant"
+            else message
+            for message in asked
+        ]
+        return read_conversation([*before, *answer], record.get("tools"))
+    raise ConversationError(f"{names[0]} and {names[1]} are neither both text nor both messages")
+
+
+_READERS: dict[Format, Callable[[Mapping[str, Any]], Conversation]] = {
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+    "alpaca": _alpaca,
+    "pair": _pair,
+}
