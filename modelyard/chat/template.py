@@ -169,7 +169,9 @@ class Template:
                 elif not message.calls and not message.content:
                     kind = Kind.CONTENT
                 elif not message.calls:
-                    raise ConversationError(self._inexact(f"it writes {text!r} into an answer"))
+                    raise ConversationError(
+                        self._inexact(f"it writes {text!r} into an answer, or ends it in no special token")
+                    )
                 yield Segment(text, kind, "assistant", special=special, trained=message.trained)
         if missing := [message for begin, _, message in answers if begin not in ended and message.trained]:
             raise ConversationError(

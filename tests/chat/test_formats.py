@@ -1,0 +1,106 @@
+"""Records of other people's files, and what is wrong with one."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modelyard.chat.conversation import Call, ConversationError, Message
+from modelyard.chat.families import QWEN, Llama3
+from modelyard.chat.formats import format_of, read_record
+
+ASK, SAY = Message("user", "x"), Message("assistant", "y")
+
+
+@pytest.mark.parametrize(
+    ("record", "format", "messages"),
+    [
+        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, "messages", (ASK, SAY)),
+        ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}, "sharegpt", (ASK, SAY)),
+        ({"system": "s", "conversations": [{"from": "user", "value": "x"}]}, "sharegpt", (Message("system", "s"), ASK)),
+        ({"instruction": "x", "output": "y"}, "alpaca", (ASK, SAY)),
+        ({"instruction": "x", "input": "", "response": "y", "system": ""}, "alpaca", (ASK, SAY)),
+        ({"instruction": "a", "input": "b", "output": "y"}, "alpaca", (Message("user", "a\n\nb"), SAY)),
+        ({"prompt": "x", "completion": "y"}, "pair", (ASK, SAY)),
+        ({"question": "x", "answer": "y"}, "pair", (ASK, SAY)),
+        ({"prompt": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, {"role": "user", "content": "x"}],
+          "completion": [{"role": "assistant", "content": "y"}]}, "pair",
+         (ASK, Message("assistant", "y", trained=False), ASK, SAY)),
+    ],
+)  # fmt: skip
+def test_each_format_as_it_comes(record: dict[str, Any], format: str, messages: tuple[Message, ...]) -> None:
+    assert format_of(record) == format
+    assert read_record(record).messages == messages
+
+
+def test_calls_and_results_of_sharegpt() -> None:
+    turns = [
+        {"from": "human", "value": "x"},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+        {"from": "observation", "value": '{"b": 2}'},
+        {
+            "from": "function_call",
+            "value": '[{"name": "f", "arguments": "{}"}, {"name": "g", "arguments": {}}]',
+        },
+    ]
+    found = read_record({"conversations": turns, "tools": '[{"name": "f"}]'})
+    assert found.tools == ({"name": "f"},)
+    assert found.messages[1:] == (
+        Message("assistant", "", (Call("f", {"a": 1}),)),
+        Message("tool", '{"b": 2}'),
+        Message("assistant", "", (Call("f", {}), Call("g", {}))),
+    )
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        (
+            {"text": "x"},
+            r"its columns \(text\) are those of no format of conversations: messages \(messages\); sharegpt",
+        ),
+        ({"conversations": "x"}, "conversations is not a list"),
+        ({"conversations": [{"value": "x"}]}, "turn 1 has not both 'from' and 'value'"),
+        (
+            {"conversations": [{"from": "me", "value": "x"}]},
+            "turn 1 is from 'me', who is none of human, user",
+        ),
+        ({"conversations": [{"from": "function_call", "value": "{"}]}, "turn 1 is a call that is no JSON"),
+        (
+            {"prompt": "x", "completion": ["y"]},
+            "prompt and completion are neither both text nor both messages",
+        ),
+        ({"instruction": "x", "output": None}, "message 2: content is null, not text"),
+    ],
+)
+def test_what_is_wrong_is_named(record: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConversationError, match=problem):
+        read_record(record)
+
+
+def test_a_format_that_was_asked_for() -> None:
+    both = {"messages": [{"role": "user", "content": "x"}], "prompt": "a", "completion": "b"}
+    assert read_record(both, "pair").messages[0] == Message("user", "a")
+    with pytest.raises(
+        ConversationError, match="it has not the columns of the format alpaca: instruction and output or"
+    ):
+        read_record(both, "alpaca")
+
+
+@pytest.mark.parametrize(
+    ("file", "records"),
+    [("tools/glaive_toolcall_en", 238), ("instruct/gpteacher_roleplay", 1556), ("instruct/gsm8k_train", 7473),
+     ("instruct/rasbt_instruction", 883)],
+)  # fmt: skip
+def test_real_files(shared_data: Path, file: str, records: int) -> None:
+    """Every record of them is read and can be written in both families that know tools."""
+    with gzip.open(shared_data / f"{file}.jsonl.gz", "rt", encoding="utf-8", newline="\n") as lines:
+        found = [read_record(json.loads(line)) for line in lines]
+    assert len(found) == records
+    for talk in found[:: max(1, records // 300)]:
+        for family in (Llama3(), QWEN):
+            assert family.render(talk)
