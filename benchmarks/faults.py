@@ -207,9 +207,9 @@ def write_docs(results: dict[str, Any]) -> None:
         f"{results['device']}:"
     )
     ranks = results["ranks"]
-    layouts = ", ".join(f"{name} {number}" for name, number in ranks["layouts"].items())
+    layouts = "; ".join(f"{name}: {number}" for name, number in ranks["layouts"].items())
     of_ranks = (
-        f"Kills of ranks and launchers by layout: {layouts}. After changes of the layout, a loss or gradient norm was at most "
+        f"Kills of ranks and launchers by layout, but for moves: {layouts}. After changes of the layout, a loss or gradient norm was at most "
         f"{ranks['furthest_after_moves']:.1e} of itself away from that of the run that stayed in one layout (allowed "
         f"{ranks['allowed_after_moves']:g}); without a change all bits were the same."
     )

@@ -19,6 +19,7 @@ import shutil
 import struct
 import uuid
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -305,8 +306,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder of parts; somebody may be writing into it still."""
-    shutil.rmtree(path, ignore_errors=True)
+    """Remove a folder of parts, for others from one moment to the next: somebody may be writing into it still."""
+    old = path.with_name(path.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        os.rename(path, old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _packed(chunk: Chunk, result: Tokenized) -> bytes:

@@ -119,13 +119,19 @@ def prepare(
         report(f"nothing to do: the source is of {parts}, which the ranks before this one make")
         return _share(config, 0, 0)
     team = None
-    if not rank.alone or folder.exists():
-        team = join(folder, identity, rank, job.dtype, config.distributed.timeout, report)
+    try:
+        if not rank.alone or folder.exists():
+            team = join(folder, identity, rank, job.dtype, config.distributed.timeout, report)
+        if rank.number and existing_record(config.output_path, record, overwrite, again=False) is not None:
+            remove(parts_root(config.output_path))  # rank 0 has become ready at this very moment
+    except (PutTogether, FileNotFoundError):
+        if not rank.number or folder.exists():
+            raise
+        report("nothing to do: rank 0 has put all together")
+        return _share(config, 0, 0)
     work = Work(job, division, workers, report, terminal, team)
     try:
         if rank.number and team is not None:
-            if existing_record(config.output_path, record, overwrite, again=False) is not None:
-                remove(parts_root(config.output_path))  # rank 0 has become ready at this very moment
             return _prepare_parts(config, work, team, identity, started)
         with output_folder(config.output_path, identity, overwrite=overwrite or failed_before) as output:
             _say_what_is_there(output, report)
@@ -350,9 +356,10 @@ def _check_disk(config: PrepareConfig, job: Job) -> None:
         place = place.parent
     there = 0
     for folder in (unfinished(config.output_path), parts_root(config.output_path)):
-        for file in folder.rglob("*"):
-            with suppress(FileNotFoundError):  # another process may be at work there
-                there += file.stat().st_size if file.is_file() else 0
+        for parent, _, names in os.walk(folder):
+            for name in names:
+                with suppress(FileNotFoundError):  # another process may be at work there
+                    there += os.stat(os.path.join(parent, name)).st_size
     free = shutil.disk_usage(place).free
     if needed > free + there:
         raise UserError(

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 
 from modelyard.config.prepare import PrepareConfig
 from modelyard.data.output import differences, in_the_input
-from modelyard.data.parts import PartFolder, read_json, remove, replace_json
+from modelyard.data.parts import PartFolder, read_json, replace_json
 from modelyard.data.workers import Stopped, available_cores
 from modelyard.errors import UserError
 from modelyard.parallel import rank as environment
@@ -110,9 +111,9 @@ def parts_folder(
     """
     root = parts_root(output)
     own = root / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    useless = (
-        [folder for folder in root.iterdir() if folder.is_dir() and folder != own] if root.is_dir() else []
-    )
+    useless = []
+    with suppress(FileNotFoundError):  # rank 0 may be removing it
+        useless = [folder for folder in root.iterdir() if folder != own]
     for folder in useless:
         made_from = read_json(folder / IDENTITY)
         if made_from is not None and not overwrite and not (folder / FAILED).exists():
@@ -121,7 +122,7 @@ def parts_folder(
                 "on with it, or start over (--overwrite). Processes that prepare together must find the same files"
             )
     for folder in useless if clear else ():
-        remove(folder)
+        shutil.rmtree(folder, ignore_errors=True)
     return own, bool(useless)
 
 
