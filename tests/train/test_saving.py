@@ -81,7 +81,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch: pytest.Monk
         return step(*args, **kwargs)
 
     monkeypatch.setattr(state_module, "train_step", counted)
-    slow_disk(monkeypatch, lambda iteration: assert_(reached.wait(20)))
+    # Longer than anything that training does in the meantime.
+    slow_disk(monkeypatch, lambda iteration: assert_(reached.wait(20)) or time.sleep(0.5))  # type: ignore[func-returns-value]
     keys = ("training.train_iters=6", "training.checkpoint={interval: 5, offset: 2}")
     assert train(loaded(*keys)) == 0
     monkeypatch.setattr(state_module, "save_checkpoint", save_checkpoint)
