@@ -309,9 +309,10 @@ def remove(path: Path) -> None:
     """Remove a folder of parts, for others from one moment to the next: somebody may be writing into it still."""
     old = path.with_name(path.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
-    with suppress(FileNotFoundError):
+    with suppress(OSError):
         os.rename(path, old)
-        shutil.rmtree(old, ignore_errors=True)
+    for folder in (old, path):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _packed(chunk: Chunk, result: Tokenized) -> bytes:

@@ -112,7 +112,7 @@ def parts_folder(
     root = parts_root(output)
     own = root / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     useless = []
-    with suppress(FileNotFoundError):  # rank 0 may be removing it
+    with suppress(FileNotFoundError, NotADirectoryError):  # rank 0 may be removing it
         useless = [folder for folder in root.iterdir() if folder != own]
     for folder in useless:
         made_from = read_json(folder / IDENTITY)

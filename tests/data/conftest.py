@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import zstandard
 
+from modelyard.data import assemble, bytestream, ranks, sources
 from modelyard.data.tokenizer_training import train_tokenizer
 
 WORDS = [
@@ -60,3 +62,17 @@ def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many parts of a small source, no waiting, and no environment of a launcher."""
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(sources, "PART_CHUNKS", 1)
+    monkeypatch.setattr(sources, "CUT_COMPRESSED", 4)
+    monkeypatch.setattr(bytestream, "BLOCK", 200)
+    monkeypatch.setattr(assemble, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(ranks, "WATCH_SECONDS", 0.2)
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # no machine is lost here, and each takes 10 ms
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)

@@ -90,7 +90,9 @@ def test_a_run_goes_on_over_a_full_disk_and_loses_no_record(
 ) -> None:
     """Full to the last byte from step 5 to 15: records wait once their last block is full, the checkpoint of 8 is given up."""
     at_step(monkeypatch, {5: lambda: fill(disk, free=0), 15: (disk / "ballast").unlink})
-    checkpoints = "training.checkpoint={interval: 4, offset: 0, keep: 1, on_error: continue, asynchronous: no}"
+    checkpoints = (
+        "training.checkpoint={interval: 4, offset: 0, keep: 1, on_error: continue, asynchronous: no}"
+    )
     keys = ("training.train_iters=16", checkpoints, *WIDE, "training.logs.tensorboard=yes")
     assert train(loaded(*keys, "run.experiment_dir=disk/run")) == 0
     out = capsys.readouterr().out
