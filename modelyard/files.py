@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -189,7 +189,8 @@ def remove_folder(path: Path) -> None:
     """Remove a complete folder; renamed first, so that no moment shows a part of it under its name."""
     remains = path.with_name(path.name + ".tmp")
     shutil.rmtree(remains, ignore_errors=True)
-    os.rename(path, remains)
+    with suppress(FileNotFoundError):  # somebody was faster
+        os.rename(path, remains)
     shutil.rmtree(remains, ignore_errors=True)
 
 
@@ -197,15 +198,20 @@ Retention = Literal["permanent", "regular", "ephemeral"]
 """How long a numbered folder stays: for ever; while it is among the newest; until there is a newer one."""
 
 
-def prune(directory: Path, *, keep: int | None, retention: Callable[[Path], Retention]) -> list[Path]:
+def prune(
+    directory: Path, *, keep: int | None, retention: Callable[[Path], Retention], newest: str | None = None
+) -> list[Path]:
     """Remove superfluous numbered folders, and return what went. Called once the newest is durable; that one stays.
 
-    Of the regular ones the newest `keep` stay (None: all).
+    Of the regular ones the newest `keep` stay (None: all). `newest`: the name of the one that stays in any case.
     """
     kinds = {path: retention(path) for path in numbered_folders(directory)}
     regular = [path for path, kind in kinds.items() if kind == "regular"]
     old = [] if keep is None else regular[:-keep]
-    doomed = [path for path, kind in list(kinds.items())[:-1] if kind == "ephemeral" or path in old]
+    newest = newest or next(reversed(kinds), Path()).name
+    doomed = [
+        path for path, kind in kinds.items() if path.name != newest and (kind == "ephemeral" or path in old)
+    ]
     for path in doomed:
         remove_folder(path)
     return doomed
@@ -222,23 +228,26 @@ def set_aside(path: Path, why: str = "damaged") -> Path:
     return aside
 
 
-def damage(folder: Path, *, checksums: bool, share: tuple[int, int] = (0, 1)) -> list[str]:
+def damage(
+    folder: Path, *, checksums: bool, share: tuple[int, int] = (0, 1), always: tuple[str, ...] = ()
+) -> list[str]:
     """What is wrong with a folder that `complete_or_absent` gave a manifest: one line a file, empty when it is whole.
 
-    With `share` (i, n) only every n-th file is looked at, from the i-th on.
+    With `share` (i, n) only every n-th file is looked at, from the i-th on. Files named in `always` must be among them, and
+    have their checksums compared in any case.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{folder / MANIFEST} cannot be read ({error})"]
-    problems = []
+    problems = [f"{folder / MANIFEST} does not list {name}" for name in always if name not in expected]
     for name in sorted(expected)[share[0] :: share[1]]:
         (size, digest), path = expected[name], folder / name
         try:
             if path.stat().st_size != size:
                 problems.append(f"{path} has {path.stat().st_size:,} bytes where its manifest says {size:,}")
-            elif checksums and sha256(path) != digest:
+            elif (checksums or name in always) and sha256(path) != digest:
                 problems.append(f"{path} differs from its checksum")
         except OSError as error:
             problems.append(f"{path} cannot be read ({error.strerror})")

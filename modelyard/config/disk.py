@@ -57,8 +57,12 @@ def free_bytes(config: TrainConfig) -> int:
     """What the run may fill: free space, and what its folder holds already."""
     folder = config.run.experiment_dir.absolute()
     existing = _existing(folder)
-    used = (
-        sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if existing == folder else 0
+    # What was set aside stays, whatever the run writes.
+    aside = (".damaged", ".rolled-back")
+    used = sum(
+        file.stat().st_size
+        for file in (folder.rglob("*") if existing == folder else ())
+        if file.is_file() and not any(word in part for part in file.parts for word in aside)
     )
     return shutil.disk_usage(existing).free + used
 

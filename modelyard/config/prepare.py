@@ -229,6 +229,12 @@ class PrepareConfig(Section):
 
     output_path: Path
     """Folder to make: one token store per split and a dataset file for each."""
+
+    @field_validator("output_path")
+    @classmethod
+    def _one_name(cls, path: Path) -> Path:
+        return path.resolve() if ".." in path.parts else path  # as RunConfig does
+
     dataset: PrepareDatasetConfig
     """The texts."""
     tokenizer: PrepareTokenizerConfig

@@ -21,6 +21,12 @@ class RunConfig(Section):
     experiment_dir: Path
     """Folder for checkpoints, exports, metrics and the resolved config; a run started again in it resumes."""
 
+    @field_validator("experiment_dir")
+    @classmethod
+    def _one_name(cls, path: Path) -> Path:
+        # a/../b is no folder while there is no a, and b as soon as somebody makes one.
+        return path.resolve() if ".." in path.parts else path
+
 
 class TrainConfig(Section):
     """Everything that `modelyard train` needs to know."""

@@ -81,6 +81,11 @@ class World:
         self._twins.append(twin)
         return twin
 
+    @property
+    def signs_of_life(self) -> int:
+        """Messages exchanged so far, here and beside."""
+        return self.messages + sum(twin.messages for twin in self._twins)
+
     def part(self) -> None:
         """Let go of the groups, before they are destroyed."""
         for world in (self, *self._twins):

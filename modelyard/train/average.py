@@ -31,7 +31,7 @@ from modelyard.files import MANIFEST, complete_or_absent, numbered_folders, sha2
 from modelyard.model.formats.source import fit_problems
 from modelyard.model.formats.tokenizer_files import copy_tokenizer
 from modelyard.train.checkpoint import FORMAT_VERSION, Checkpoint, write_weights
-from modelyard.train.export import OpenModel, open_model
+from modelyard.train.export import OpenModel, open_model, refuse_in_a_run
 from modelyard.train.resume import flatten
 
 _AT_ONCE = 1 << 18
@@ -135,6 +135,7 @@ def average(
     """
     if destination.exists() or destination.is_symlink():
         raise UserError(f"{destination} exists already; choose another folder or remove it")
+    refuse_in_a_run(destination)
     if last is not None:
         paths = _newest(paths, last)
     shares = _shares(weights, len(paths))

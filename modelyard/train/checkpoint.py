@@ -188,7 +188,7 @@ class Checkpoint:
     @staticmethod
     def problems(folder: Path) -> list[str]:
         """What is wrong with the folder's files; empty when it can be used."""
-        return damage(folder, checksums=_compared(folder, "auto"))
+        return damage(folder, checksums=_compared(folder, "auto"), always=_SMALL)
 
     @property
     def iteration(self) -> int:
@@ -228,6 +228,12 @@ class Checkpoint:
                 dcp.load(dict(tensors), storage_reader=self._reader, no_dist=True)
         except OSError as error:
             raise UserError(f"{self.folder} cannot be read: {error.strerror or error}") from error
+        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(
+                f"{self.folder} cannot be read: {reason}; training.checkpoint.checksums=yes finds a file that is damaged, "
+                "and goes on from the checkpoint before"
+            ) from error
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of everything stored, by the names that `load_into` takes."""
@@ -276,25 +282,38 @@ def open_checkpoint(path: Path) -> Checkpoint | None:
 
 
 def newest_usable(
-    directory: Path, *, checksums: bool | Literal["auto"] = "auto", world: World | None = None
+    directory: Path,
+    *,
+    checksums: bool | Literal["auto"] = "auto",
+    world: World | None = None,
+    latest: int | None = None,
 ) -> tuple[Path | None, dict[Path, str]]:
     """The newest checkpoint whose files are whole, and what is wrong with each newer one that is not.
 
-    Processes (`world`) look at a share of the files each, and have the same answer.
+    Processes (`world`) look at a share of the files each, and have the same answer. None after the iteration `latest` is
+    looked at.
     """
     world = world or World()
     damaged: dict[Path, str] = {}
     for folder, compared in world.tell(
-        [(folder, _compared(folder, checksums)) for folder in reversed(numbered_folders(directory))]
+        [
+            (folder, _compared(folder, checksums))
+            for folder in reversed(numbered_folders(directory))
+            if latest is None or int(folder.name) <= latest
+        ]
         if world.is_main
         else []
     ):
-        found = damage(folder, checksums=compared, share=(world.rank, world.size))
+        found = damage(folder, checksums=compared, share=(world.rank, world.size), always=_SMALL)
         if problems := [line for lines in world.gather(found) for line in lines]:
             damaged[folder] = problems[0]
         else:
             return folder, damaged
     return None, damaged
+
+
+_SMALL = ("state.json", "config.yaml", ".metadata")
+"""Without these nothing can be read; they are compared with their checksums whatever the size of the rest."""
 
 
 def _compared(folder: Path, checksums: bool | Literal["auto"]) -> bool:

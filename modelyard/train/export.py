@@ -171,6 +171,14 @@ def named_tokenizer(folder: Path | None) -> Path | None:
     return folder
 
 
+def refuse_in_a_run(destination: Path) -> None:
+    """Raise UserError for a place in the `checkpoint/` of a run, where the run would find it and take it for its own."""
+    for parent in destination.absolute().resolve().parents:
+        marks = (parent.parent / name for name in ("metrics.jsonl", "config.json", ".lock"))
+        if parent.name == "checkpoint" and any(mark.exists() for mark in marks):
+            raise UserError(f"{destination} is inside the run {parent.parent}; name a folder elsewhere")
+
+
 def convert(
     source: Path, destination: Path, *, family: str | None, dtype: str | None, tokenizer_folder: Path | None
 ) -> int:
@@ -180,6 +188,7 @@ def convert(
     """
     if destination.exists():
         raise UserError(f"{destination} exists already; choose another folder or remove it")
+    refuse_in_a_run(destination)
     tokenizer_folder = named_tokenizer(tokenizer_folder)
     model = open_model(source)
     default = None if model.is_huggingface else torch.bfloat16

@@ -142,7 +142,7 @@ class Watch:
                 self._give_up(time.monotonic() - since)
 
     def _progress(self) -> tuple[int, int]:
-        return self._clock.changes, self._world.messages
+        return self._clock.changes, self._world.signs_of_life
 
     def _allowed(self) -> float:
         patient = self._clock.phase in _LONG_PHASES or not self._settled()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from modelyard.config.disk import size
+from modelyard.config.disk import size as in_words
 from modelyard.config.training import KeptConfig, OnError
 from modelyard.errors import RunFailed
 from modelyard.files import DISK_FULL, Retention, prune, what_is_full
@@ -17,11 +17,19 @@ from modelyard.parallel.world import World
 from modelyard.train.events import EventLog
 
 
-def refuse_without_room(directory: Path, needed: int) -> None:
-    """Raise OSError before the disk is filled in vain; `needed` in bytes."""
+def refuse_without_room(folder: Path, directory: Path, needed: int) -> None:
+    """Raise OSError before the disk is filled in vain; `needed` in bytes. `directory` is made in the run's `folder`, which
+    must still be there."""
+    if not folder.is_dir():  # moved away, or its disk is gone: what is written now would not be found again
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
     directory.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(directory).free < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
+
+
+def folder_bytes(folder: Path) -> int:
+    """What the files of a folder take."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
 class NumberedFolders:
@@ -37,9 +45,14 @@ class NumberedFolders:
                 prune(directory, keep=settings.keep, retention=retention)
 
     def written(
-        self, event: Literal["saved", "exported"], destination: Path, seconds: float, waited: float
+        self,
+        event: Literal["saved", "exported"],
+        destination: Path,
+        size: int,
+        seconds: float,
+        waited: float,
     ) -> None:
-        """`destination` is durable, after so many seconds, `waited` of which training stood still."""
+        """`destination` of `size` bytes is durable, after so many seconds, `waited` of which training stood still."""
         if not self._world.is_main:
             return
         text = f"{event} {destination} in {seconds:.1f} s"
@@ -48,7 +61,7 @@ class NumberedFolders:
         facts: dict[str, Any] = {
             "seconds": round(seconds, 3),
             "waited": round(waited, 3),
-            "bytes": sum(path.stat().st_size for path in destination.iterdir()),
+            "bytes": size,
         }
         self._events.add(event, int(destination.name), text, **facts)
 
@@ -65,11 +78,11 @@ class NumberedFolders:
         """`destination` could not be written, `needed` [bytes] as it is; raises RunFailed where that stops the run."""
         directory, iteration = destination.parent, int(destination.name)
         cause = error if isinstance(error, OSError) else error.__cause__
-        free = shutil.disk_usage(self._folder).free
+        free = shutil.disk_usage(self._folder).free if self._folder.exists() else 0
         reason = str(error)
         if isinstance(cause, OSError) and cause.errno in DISK_FULL:
-            room = f"{size(free)} free, " if cause.errno == errno.ENOSPC else ""
-            reason = f"{what_is_full(cause)} in {directory} ({room}{size(needed)} needed)"
+            room = f"{in_words(free)} free, " if cause.errno == errno.ENOSPC else ""
+            reason = f"{what_is_full(cause)} in {directory} ({room}{in_words(needed)} needed)"
         text = f"iteration {iteration} is not {verb}: {reason}; {stays}"
         facts: dict[str, Any] = {"free_bytes": free, "needed_bytes": needed, "folder": str(directory)}
         self._events.add("save_failed", iteration, f"warning: {text}", say=on_error == "continue", **facts)

@@ -62,6 +62,7 @@ class Optimizer:
     def load_moments(self, moments: dict[str, torch.Tensor], steps: int) -> None:
         """Continue from `moments` (as `moments` gives them) after `steps` updates."""
         self.steps = steps
+        self.adamw.state.clear()  # a run may go back to where there was none
         if steps == 0:
             return
         for name, parameter in self.parameters.items():

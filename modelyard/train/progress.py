@@ -34,3 +34,6 @@ class Save:
     """From the beginning until it was durable."""
     waited: float = 0.0
     """Of these training stood still."""
+    bytes: int = 0
+    left: str = ""
+    """Why older ones could not be removed."""

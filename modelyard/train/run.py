@@ -96,6 +96,9 @@ def _own_folder(folder: Path, world: World) -> Iterator[Callable[[], AbstractCon
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    folder = (
+        folder.resolve()
+    )  # of a/../b the part a may come to be and go again: what is there now is what counts
     made = [place for place in (folder / ".lock", folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +111,7 @@ def _locked(folder: Path) -> Iterator[Callable[[], AbstractContextManager[None]]
         try:
             yield
         except BaseException:
-            if folder in made:
+            if folder in made and not (folder / "checkpoint").exists():
                 shutil.rmtree(folder, ignore_errors=True)
             elif made:
                 made[0].unlink(missing_ok=True)
@@ -186,7 +189,7 @@ def _train(run: Run, remarks: list[str]) -> int:
             status = _loop(run, log)
             return status
         except BaseException as error:
-            if world.is_alone and isinstance(error, UserError) and run.progress.iteration:
+            if world.is_alone and isinstance(error, UserError) and run.progress.iteration and run.is_whole:
                 with suppress(RunFailed):  # data that cannot be read: what was trained until here is kept
                     run.save(wait=True)
             lost = lost_contact(error)
@@ -233,7 +236,8 @@ def _loop(run: Run, log: MetricsLog | NoMetrics) -> int:
         run.health.check(seconds, data_wait)
         console.advance(progress.iteration, result.loss)
         if run.went_back:
-            log.rewind(progress.iteration)
+            with run.world.together():
+                log.rewind(progress.iteration)
         else:
             if training.logs.due(progress.iteration) or (run.finished and training.logs.interval):
                 record = training_record(run, result, rate, meter, peak)
@@ -245,7 +249,7 @@ def _loop(run: Run, log: MetricsLog | NoMetrics) -> int:
             _side_work(run, log)
         if run.stop:
             break
-        if training.shutdown.due(progress.iteration) and not run.finished:
+        if training.shutdown.due(progress.iteration) and not run.finished and not run.went_back:
             if not run.saved:
                 raise RunFailed(
                     f"iteration {progress.iteration}, at which training.shutdown leaves, is not saved"
@@ -263,8 +267,9 @@ def _loop(run: Run, log: MetricsLog | NoMetrics) -> int:
         run.clock("evaluation")
         test = run.evaluators.test(run.parallel, progress.iteration)
         run.clock("other")
-        if test is not None:
-            log.write(test, prefix="test")
+        if test is None:
+            return _stopped(run)
+        log.write(test, prefix="test")
     if progress.iteration and not run.saved:
         raise RunFailed(
             f"the last iteration, {progress.iteration}, is not saved; see {run.folder / 'events.jsonl'}"
@@ -285,7 +290,8 @@ def _stopped(run: Run) -> int:
     else:
         text = "stopped before the first iteration"
     say_end(run, "stopped", text, signal=run.stop.signum)
-    return 128 + (run.stop.signum or 0)
+    lost = run.progress.iteration and not run.saved  # no reason to be started again
+    return 1 if lost else 128 + (run.stop.signum or 0)
 
 
 def _side_work(

@@ -76,12 +76,9 @@ def batch_number(iteration: int, left_out: Sequence[int]) -> int:
 
 
 def set_newer_aside(directory: Path, iteration: int) -> list[Path]:
-    """Leave no checkpoint newer than `iteration` under its name, so that none of them is gone on from; where all are newer,
-    the oldest stays. Returns where they are now."""
-    there = numbered_folders(directory)
-    newer = [path for path in there if int(path.name) > iteration]
-    if len(newer) == len(there):
-        newer = newer[1:]
+    """Leave no checkpoint or export newer than `iteration` under its name, so that none is taken for one of this run.
+    Returns where they are now."""
+    newer = [path for path in numbered_folders(directory) if int(path.name) > iteration]
     return [set_aside(path, "rolled-back") for path in newer]
 
 

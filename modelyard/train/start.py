@@ -58,7 +58,12 @@ def starting_point(
         if not force:
             raise UserError(f"{other}; choose another folder, or start over in this one with --force")
         forced = [other]
+    set_damaged_aside(damaged, events)
+    return usable, forced
+
+
+def set_damaged_aside(damaged: dict[Path, str], events: EventLog) -> None:
+    """Rename damaged checkpoints so that none is gone on from, and say why; nothing is deleted."""
     for path, problem in damaged.items():
         warning = f"warning: checkpoint {path} is damaged ({problem}); set aside as {set_aside(path)}"
         events.add("checkpoint_damaged", int(path.name), warning)
-    return usable, forced

@@ -7,7 +7,6 @@ import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,16 +44,17 @@ from modelyard.train.checkpoint import Checkpoint, marked_retention, newest_usab
 from modelyard.train.console import Console
 from modelyard.train.evaluators import Evaluators
 from modelyard.train.events import EventLog
-from modelyard.train.folders import NumberedFolders, refuse_without_room
+from modelyard.train.folders import NumberedFolders, folder_bytes, refuse_without_room
 from modelyard.train.health import Health
 from modelyard.train.optimizer import MOMENTS, Optimizer
 from modelyard.train.phases import PhaseClock
 from modelyard.train.profiling import Profiler
 from modelyard.train.progress import Progress, Save
+from modelyard.train.rollback import roll_back, say_spike
 from modelyard.train.saving import HostCopies, Saver
 from modelyard.train.schedule import learning_rate
 from modelyard.train.signals import StopSignal
-from modelyard.train.spikes import SpikeWatch, batch_number, documents_of, in_words, set_newer_aside
+from modelyard.train.spikes import SpikeWatch, batch_number
 from modelyard.train.start import check_data, starting_point
 from modelyard.train.step import StepResult, train_step
 from modelyard.train.weights import DTYPES
@@ -150,13 +150,15 @@ class Run:
             scales=scales,
         )
         self.saver, self.copies = Saver(self.world, asynchronous=settings.asynchronous), HostCopies()
+        self.is_whole = True
+        """Whether what is in memory is one state of the run, and may be saved."""
         self.went_back = False
         """Whether the last step made the run go back to a checkpoint."""
         self._saved: int | None = None
         self._saving: Save | None = None
         if checkpoint is not None:
             with self.world.together():
-                self._restore(checkpoint)
+                self.restore(checkpoint)
         self.weights.publish()
         self.health = Health(self)
 
@@ -183,7 +185,9 @@ class Run:
 
     # Checkpoints and exports
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take weights, moments, progress and statistics from a checkpoint; nothing is as it should be where that fails."""
+        self.is_whole = False
         moments = self.optimizer.moments()
         master = {name: parameter.detach() for name, parameter in self.weights.master.items()}
         parameters, parts = self._parts(master, moments, list(master))
@@ -197,6 +201,7 @@ class Run:
         self.spikes.load_state_dict(state.get("spikes", {}))
         self.stream.load_state_dict(state["data"])
         self._saved = self.progress.iteration
+        self.is_whole = True
 
     def _parts(
         self, master: Mapping[str, Tensor], moments: Mapping[str, Tensor], names: list[str]
@@ -213,6 +218,11 @@ class Run:
     def saved(self) -> bool:
         """Whether this iteration has its checkpoint."""
         return self._saved == self.progress.iteration
+
+    def save_again(self) -> None:
+        """Save this iteration although it has its checkpoint, because more is known now."""
+        self._saved = None
+        self.save(wait=True)
 
     def save(self, *, wait: bool = False) -> None:
         """Save a checkpoint of this iteration, unless it is there, and remove the ones that it makes superfluous.
@@ -241,7 +251,10 @@ class Run:
             keys = [f"{name}.{moment}" for name in names for moment in MOMENTS]
             moments = self.copies.of({key: moments[key] for key in keys})
         parameters, parts = self._parts(master, moments, names)
-        retention = settings.retention(iteration)
+        destination = directory / str(iteration)
+        # One that is written anew (after going back) stays as long as it was to.
+        there = self.world.tell(marked_retention(destination) if destination.exists() else None)
+        retention = there or settings.retention(iteration)
         state = {
             "modelyard_version": modelyard.__version__,
             "torch_version": torch.__version__,
@@ -261,12 +274,13 @@ class Run:
         def write(world: World) -> None:
             with world.together():
                 if world.is_main:
-                    refuse_without_room(directory, checkpoint_bytes(self.config, self.architecture))
+                    needed = checkpoint_bytes(self.config, self.architecture)
+                    refuse_without_room(self.folder, directory, needed)
                     # What was logged before this checkpoint is not logged again after it: it must be as durable.
                     if (metrics := self.folder / "metrics.jsonl").exists():
                         sync(metrics)
             save_checkpoint(
-                directory / str(iteration),
+                destination,
                 parameters=parameters,
                 moments=parts,
                 state=state,
@@ -279,7 +293,13 @@ class Run:
                 world.together()
             ):  # the others wait here, where they may wait long, and not in their next step
                 if world.is_main:
-                    prune(directory, keep=settings.keep, retention=marked_retention)
+                    save.bytes = folder_bytes(destination)
+                    try:
+                        prune(
+                            directory, keep=settings.keep, retention=marked_retention, newest=destination.name
+                        )
+                    except OSError as error:
+                        save.left = f"{error.filename}: {error.strerror}"
 
         self._saving = save = Save(iteration)
         self.saver.start(write, wait=wait)
@@ -292,7 +312,8 @@ class Run:
         """
         if (save := self._saving) is None:
             return
-        begin = time.perf_counter()
+        begin, phase = time.perf_counter(), self.clock.phase
+        self.clock("checkpoint")  # one may wait long here, and others for this one
         directory, on_error = self.folder / "checkpoint", self.config.training.checkpoint.on_error
         self._saving = None
         try:
@@ -307,9 +328,16 @@ class Run:
             destination = directory / str(save.iteration)
             self.folders.failed("saved", destination, error, needed=needed, on_error=on_error, stays=stays)
             return
+        finally:
+            self.clock(phase)
         self._saved = save.iteration
         waited = save.waited + time.perf_counter() - begin
-        self.folders.written("saved", directory / str(save.iteration), save.seconds, waited)
+        destination = directory / str(save.iteration)
+        self.folders.written("saved", destination, save.bytes, save.seconds, waited)
+        if save.left:
+            self.console.line(
+                f"warning: what {destination} makes superfluous cannot be removed ({save.left})"
+            )
 
     @property
     def export_folder(self) -> Path | None:
@@ -332,7 +360,7 @@ class Run:
             try:
                 with self.world.together():
                     if self.world.is_main:
-                        refuse_without_room(directory, needed)
+                        refuse_without_room(self.folder, directory, needed)
                 export_weights(
                     self.parallel,
                     destination,
@@ -347,7 +375,8 @@ class Run:
                 )
                 return
             seconds = time.perf_counter() - begin
-            self.folders.written("exported", destination, seconds, seconds)
+            size = folder_bytes(destination) if self.world.is_main else 0
+            self.folders.written("exported", destination, size, seconds, seconds)
         if settings.keep is not None:
             self.folders.prune(directory, settings, lambda path: settings.retention(int(path.name)))
 
@@ -430,57 +459,11 @@ class Run:
             self.progress.loss_sum += result.loss
             self.progress.loss_count += 1
         if spike is not None:
-            self._say_spike(spike)
-            if self.config.training.spikes.policy == "rollback" and self._roll_back(spike):
+            say_spike(self, spike)
+            if self.config.training.spikes.policy == "rollback" and roll_back(self, spike):
                 return
         if result.skipped is not None:
             self._count_skip(result.skipped)
-
-    def _say_spike(self, reason: str) -> None:
-        iteration, policy = self.progress.iteration, self.config.training.spikes.policy
-        batch = batch_number(iteration - 1, self.progress.left_out)
-        documents = (
-            documents_of(self.stream, batch, self.config.batch.batch_size) if self.world.is_main else {}
-        )
-        text = f"warning: iteration {iteration}: {reason}; batch {batch} has documents {in_words(documents)}"
-        facts: dict[str, Any] = {"reason": reason, "policy": policy, "batch": batch, "documents": documents}
-        self.events.add("spike", iteration, text, **facts)
-
-    def _roll_back(self, reason: str) -> bool:
-        """Go back to a checkpoint from before the batches that are to be left out; False where there is none."""
-        self.land()
-        settings, directory = self.config.training.spikes, self.folder / "checkpoint"
-        before = dataclasses.replace(self.progress)
-        spike = before.iteration
-        if before.rollbacks >= settings.max_rollbacks:
-            raise RunFailed(
-                f"iteration {spike}: {reason}; the run has gone back {before.rollbacks} times already, as often as "
-                "training.spikes.max_rollbacks allows; lower optimizer.learning_rate.base, or look at the data"
-            )
-        last_good = spike - settings.batches
-        with self.world.together():
-            if self.world.is_main:
-                aside = set_newer_aside(directory, last_good)
-        usable, _ = newest_usable(
-            directory, checksums=self.config.training.checkpoint.checksums, world=self.world
-        )
-        if usable is None:
-            self.console.line("there is no checkpoint to go back to: the step is skipped")
-            return False
-        with self.world.together():
-            self._restore(Checkpoint(usable, verify=False))
-        self.weights.publish()
-        self.progress.rollbacks, self.progress.failed_saves = before.rollbacks + 1, before.failed_saves
-        begin = max(last_good, self.progress.iteration)
-        left_out = [batch_number(iteration, before.left_out) for iteration in range(begin, spike)]
-        self.progress.left_out = sorted({*before.left_out, *left_out})
-        self.went_back = True
-        text = f"going back from iteration {spike} to {usable}, and on without batches {left_out}"
-        if self.world.is_main and aside:
-            text += f"; set aside: {', '.join(map(str, aside))}"
-        facts: dict[str, Any] = {"to": self.progress.iteration, "left_out": left_out}
-        self.events.add("rolled_back", spike, text, **facts)
-        return True
 
     def _count_skip(self, reason: str) -> None:
         self.progress.skipped_steps += 1

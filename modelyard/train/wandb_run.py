@@ -15,7 +15,10 @@ from modelyard.files import replace_text
 from modelyard.train.metrics import scalars
 
 # Events that people want to hear of where `alert.status_updates` is on.
-_NEWS = ("started", "resumed", "save_failed", "stopped", "shutdown", "finished", "failed")
+_NEWS = (
+    "started", "resumed", "save_failed", "checkpoint_damaged", "spike", "rolled_back", "slow_rank", "diverged",
+    "stopped", "shutdown", "finished", "failed",
+)  # fmt: skip
 
 
 def require_wandb(config: TrainConfig) -> None:

@@ -163,6 +163,7 @@ def test_a_rank_that_fails_is_named_and_no_process_stays(project: Path, fault: s
         "train",
         "train.yaml",
         "training.compile=no",
+        "training.checkpoint.asynchronous=no",  # it is there before the fault
         "model.distributed.timeout=5",
         cwd=project,
         fault=fault,

@@ -423,6 +423,21 @@ def test_sources_that_cannot_be_averaged(
     assert refused(["good"], capsys, to="good") == "error: good exists already; choose another folder or remove it"  # fmt: skip
 
 
+def test_a_place_among_the_checkpoints_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """The run would find it and refuse to go on."""
+    save("good")
+    Path("run/checkpoint").mkdir(parents=True)
+    Path("run/metrics.jsonl").touch()
+    run = Path("run").resolve()
+    for to in ("run/checkpoint/mean", "run/checkpoint/a/mean"):
+        assert (
+            refused(["good"], capsys, to=to)
+            == f"error: {to} is inside the run {run}; name a folder elsewhere"
+        )
+    Path("run/metrics.jsonl").unlink()
+    average([Path("good")], Path("run/checkpoint/mean"))  # no run's
+
+
 def test_a_source_that_vanishes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """As one of a run that goes on and removes its older checkpoints."""
     save("a")

@@ -56,6 +56,18 @@ def test_convert_says_what_it_wrote(trained: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == "wrote c (from a)\n"
 
 
+def test_convert_writes_nothing_among_the_checkpoints_of_a_run(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(["convert", "run", "run/checkpoint/hf"]) == 2
+    run = Path("run").resolve()
+    assert capsys.readouterr().err == (
+        f"error: run/checkpoint/hf is inside the run {run}; name a folder elsewhere\n"
+    )
+    assert not Path("run/checkpoint/hf").exists()
+
+
 def test_convert_takes_every_family(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What a family cannot hold is said by what writes it, not by a list on the command line."""
     assert main(["convert", "run", "q", "--format", "mistral"]) == 0

@@ -219,6 +219,7 @@ def test_no_checkpoint_is_claimed_where_there_is_none() -> None:
     with pytest.raises(RunFailed, match=r"there is no checkpoint yet$"):
         run._count_skip("the loss is nan")
     run.progress.iteration = 7
+    run.folder.mkdir()
     run.save(wait=True)
     with pytest.raises(RunFailed, match=r"checkpoint run/checkpoint/7 is untouched$"):
         run._count_skip("the loss is nan")

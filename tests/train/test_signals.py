@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+import modelyard.train.state as state_module
 from modelyard.data.stream import DataStream
+from modelyard.errors import UserError
 from modelyard.parallel.world import World
 from modelyard.train.run import train
 from modelyard.train.signals import StopSignal
@@ -169,3 +172,53 @@ def test_a_signal_in_an_evaluation_is_heard_between_its_batches(capfd: pytest.Ca
     assert run_distributed(evaluating, 2, entry, "training.checkpoint.interval=null") == [138, 138]
     assert "rank 1 got SIGUSR1: saving after this iteration, then leaving" in capfd.readouterr().out
     assert [path.name for path in Path("run/checkpoint").iterdir()] == ["2"]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_that_is_not_saved_does_not_ask_to_be_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 + n would have a scheduler start it again, and again."""
+    step = state_module.train_step
+
+    def stopped(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return step(*args, **kwargs)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run")
+
+    monkeypatch.setattr(state_module, "train_step", stopped)
+    monkeypatch.setattr(state_module, "save_checkpoint", full)
+    assert train(loaded("training.checkpoint={interval: null, on_error: continue}")) == 1
+    assert lines("run/events.jsonl")[-1]["text"] == "stopped after iteration 1, which is not saved"
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_signal_in_the_last_test_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = DataStream.batch
+
+    def batch(self: DataStream, index: int, share: Any = (0, 1)) -> Any:
+        if self.name == "test" and index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(self, index, share)
+
+    keys = ("training.train_iters=3", "training.test_iters=50", "data.datasets.test.type=random")
+    with monkeypatch.context() as patch:
+        patch.setattr(DataStream, "batch", batch)
+        assert train(loaded(*keys)) == 143
+    assert not [record for record in lines("run/metrics.jsonl") if record.get("evaluator") == "test"]
+    assert train(loaded(*keys)) == 0
+    assert len([record for record in lines("run/metrics.jsonl") if record.get("evaluator") == "test"]) == 1
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_refusal_by_another_path_takes_nothing_away() -> None:
+    """`new/../run` is not there when the start is looked at, and is `run` a moment later."""
+    assert train(loaded("training.train_iters=2")) == 0
+    with pytest.raises(UserError, match=r"optimizer.learning_rate"):
+        train(
+            loaded(
+                "training.train_iters=4", "run.experiment_dir=new/../run", "optimizer.learning_rate.base=1"
+            )
+        )
+    assert Path("run/checkpoint/2").is_dir()
+    assert not Path("new").exists()

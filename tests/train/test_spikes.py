@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 import modelyard.train.state as state_module
 from modelyard.config.training import SpikesConfig
-from modelyard.errors import RunFailed
+from modelyard.errors import RunFailed, UserError
 from modelyard.train.checkpoint import Checkpoint
 from modelyard.train.run import train
 from modelyard.train.spikes import SpikeWatch, batch_number, in_words, set_newer_aside
@@ -84,8 +85,10 @@ def test_newer_checkpoints_are_set_aside(tmp_path: Path) -> None:
     for number in (2, 4, 6):
         (tmp_path / str(number)).mkdir()
     assert [path.name for path in set_newer_aside(tmp_path, 4)] == ["6.rolled-back"]
-    assert [path.name for path in set_newer_aside(tmp_path, 1)] == ["4.rolled-back"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4.rolled-back", "6.rolled-back"]
+    assert [path.name for path in set_newer_aside(tmp_path, 4)] == []
+    (tmp_path / "6").mkdir()
+    assert [path.name for path in set_newer_aside(tmp_path, 4)] == ["6.rolled-back-2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4", "6.rolled-back", "6.rolled-back-2"]
     assert set_newer_aside(tmp_path / "nothing", 4) == []
 
 
@@ -247,3 +250,113 @@ def test_all_processes_go_back_together() -> None:
     alone = rolled_back(*keys, "run.experiment_dir=alone")
     assert losses("alone") == pytest.approx(found[0][1], rel=1e-4)
     assert alone[0] == found[0][0]
+
+
+# What went wrong once
+
+
+def started_again(monkeypatch: pytest.MonkeyPatch, *keys: str, starts: int) -> list[str]:
+    """A run with a spike in batch 10, started again and again; what each start ended in."""
+    found = []
+    for _ in range(starts):
+        with monkeypatch.context() as patch:
+            spike_at(patch, {10})
+            try:
+                found.append(str(train(loaded(*keys))))
+            except RunFailed as failure:
+                found.append(str(failure))
+    return found
+
+
+@pytest.mark.usefixtures("tiny")
+def test_going_back_is_no_reason_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Iteration 6 is one that `training.shutdown` leaves at, and the one that is gone back to."""
+    keys = (*LONG, policy("rollback", batches=3), "training.shutdown.interval=3")
+    assert started_again(monkeypatch, *keys, starts=7) == ["0"] * 7
+    assert losses("run").keys() == set(range(1, 17))
+    assert sum(e["event"] == "rolled_back" for e in lines("run/events.jsonl")) == 1
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_stopped_after_going_back_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = (*LONG, policy("rollback", batches=3, max_rollbacks=1))
+    roll_back = state_module.roll_back
+
+    def asked_to_stop(run: Any, reason: str) -> bool:
+        run.stop.heard = 15
+        return roll_back(run, reason)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state_module, "roll_back", asked_to_stop)
+        assert started_again(patch, *keys, starts=1) == ["143"]
+    state = Checkpoint(Path("run/checkpoint/6")).state["progress"]
+    assert (state["rollbacks"], state["left_out"]) == (1, [8, 9, 10])
+    assert started_again(monkeypatch, *keys, starts=1) == ["0"]
+    assert sum(e["event"] == "rolled_back" for e in lines("run/events.jsonl")) == 1
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_damaged_checkpoint_is_not_gone_back_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 6 nothing can be used: 3 is, 6 and what came after it are set aside, and short-lived ones are kept from then on."""
+    keys = (*LONG, policy("rollback", batches=3), "training.checkpoint.ephemeral_interval=1")
+    keys = (*keys, "training.checkpoint.keep=2", "training.checkpoint.asynchronous=no")
+    roll_back = state_module.roll_back
+
+    def damaged(run: Any, reason: str) -> bool:
+        (Path("run/checkpoint/6") / "state.json").write_text("{}")
+        return roll_back(run, reason)
+
+    monkeypatch.setattr(state_module, "roll_back", damaged)
+    assert started_again(monkeypatch, *keys, starts=1) == ["0"]
+    events = [(e["event"], e["iteration"]) for e in lines("run/events.jsonl") if e["event"] != "saved"]
+    assert events[1:4] == [("spike", 11), ("checkpoint_damaged", 6), ("rolled_back", 11)]
+    names = {path.name for path in Path("run/checkpoint").iterdir()}
+    assert {"6.damaged", "9.rolled-back", "10.rolled-back", "15", "16"} <= names
+    assert losses("run").keys() == set(range(1, 17))
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_state_by_halves_is_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint that is gone back to turns out to be unreadable in its midst."""
+    load = Checkpoint.load_into
+
+    def broken(self: Checkpoint, tensors: dict[str, Any]) -> None:
+        load(self, dict(list(tensors.items())[:4]))
+        raise UserError("cannot be read")
+
+    monkeypatch.setattr(Checkpoint, "load_into", broken)
+    spike_at(monkeypatch, {10})
+    with pytest.raises(UserError, match="cannot be read"):
+        train(loaded(*LONG, policy("rollback", batches=3)))
+    monkeypatch.setattr(Checkpoint, "load_into", load)
+    assert sorted(path.name for path in Path("run/checkpoint").iterdir()) == ["3", "6", "9"]
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+def test_after_going_back_it_is_the_run_from_that_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """Bit for bit that of one which is started from checkpoint 6 and was never anywhere else; exports, too."""
+    export = "training.export={interval: 3, offset: 0, format: llama, data_type: float32}"
+    keys = (
+        *LONG,
+        policy("rollback", batches=3),
+        export,
+        f"model.distributed.training_dtype={dtype}",
+        "optimizer.learning_rate.base=0.05",
+    )
+    assert started_again(monkeypatch, *keys, starts=1) == ["0"]
+    shutil.copytree("run", "other")
+    for folder in Path("other/checkpoint").iterdir():
+        if folder.name != "6":
+            shutil.rmtree(folder)
+    shutil.rmtree("other/export")
+    assert started_again(monkeypatch, *keys, "run.experiment_dir=other", starts=1) == ["0"]
+    assert losses("other") == losses("run")
+    for iteration in (9, 12, 16):
+        weights = [
+            Path(f"{run}/export/llama/{iteration}/model.safetensors").read_bytes() for run in ("run", "other")
+        ]
+        assert weights[0] == weights[1]
+    assert Path("run/export/llama/9.rolled-back").is_dir()
