@@ -19,6 +19,19 @@ if TYPE_CHECKING:
 # Words that the guides put between the verb and the config: `train gpt --config X`, `prepare gpt_memmap --config X`.
 GUIDE_WORDS = ("gpt", "gpt_memmap")
 
+_PROCESSES = ("--gpus-per-node", "--processes-per-node")
+MEANT: dict[str, tuple[str, ...]] = {
+    "--gpus": ("--gpus-per-node", "--nproc"),
+    "--nproc": _PROCESSES,
+    "--nproc-per-node": ("--nproc", *_PROCESSES),
+    "--nproc_per_node": ("--nproc", *_PROCESSES),
+    "--ntasks-per-node": _PROCESSES,
+    "--cpus-per-task": ("--cpus",),
+    "--nnodes": ("--nodes",),
+    "--nodes": ("--nnodes",),
+}
+"""Options of other verbs and programs, and those of ours that say the same; a verb has some of them."""
+
 OVERRIDES = """\
 Several files are merged, later ones win; KEY=VALUE overrides win over files. Order on the line does not matter."""
 
@@ -36,12 +49,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]
-        hint = (
-            did_you_mean(unknown.split("=")[0], self._option_string_actions)
-            if unknown.startswith("-")
-            else ""
-        )
+        hint = self._hint(unknown.split("=")[0]) if unknown.startswith("-") else ""
         raise UserError(f"{self.prog}: {message}{hint} ({self.prog} --help lists them)")
+
+    def _hint(self, name: str) -> str:
+        if meant := [option for option in MEANT.get(name, ()) if option in self._option_string_actions]:
+            return f"; did you mean {' or '.join(map(repr, meant))}?"
+        return did_you_mean(name, self._option_string_actions)
 
 
 def one_line(text: str) -> str:

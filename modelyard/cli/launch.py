@@ -71,6 +71,7 @@ def _launch_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="to write; -: the screen (default: NAME.sbatch, NAME.pytorchjob.yaml)",
     )
+    add("--overwrite", action="store_true", help="replace a file from here that differs, changes by hand too")
     add("--submit", action="store_true", help="hand it to sbatch or kubectl")
     add = parser.add_argument_group("Slurm only").add_argument
     for option in ("partition", "account", "qos"):
@@ -132,7 +133,7 @@ def _launch(options: argparse.Namespace) -> int:
     if path is None:
         print(text, end="")
         return 0
-    write(path, text)
+    write(path, text, overwrite=options.overwrite)
     if log is not None:
         log.parent.mkdir(
             parents=True, exist_ok=True

@@ -65,6 +65,11 @@ def own_rank(config: PrepareConfig) -> Rank:
     """
     given = config.distributed
     if "WORLD_SIZE" not in os.environ:
+        if "RANK" in os.environ and given.world_size is None:
+            raise UserError(
+                f"the environment has RANK={os.environ['RANK']} and no WORLD_SIZE to say how many processes there are; set it "
+                "too, or unset RANK"
+            )
         if (given.world_size or 1) > 1 and given.rank is None:
             raise UserError(
                 f"distributed.world_size: {given.world_size} processes, and nothing says which of them this is: set "

@@ -27,7 +27,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
 from modelyard.launch.command import Node
 from modelyard.launch.ending import exit_status, farewells, first_failure, how_it_ended, say
-from modelyard.launch.rank import RankFiles
+from modelyard.launch.rank import STOPS, RankFiles
 from modelyard.launch.signals import Signals
 
 SAVING = 1800.0
@@ -146,8 +146,11 @@ class Agent(LocalElasticAgent):
 
     def _judged(self, result: RunResult) -> RunResult:
         """A failure, with an end to all restarts where it would come again."""
-        farewell = self.ranks[first_failure(self.ranks, self.failures)].farewell()
-        final = farewell is not None and farewell.final
+        first = first_failure(self.ranks, self.failures)
+        farewell = self.ranks[first].farewell()
+        # Killed by a signal that asks to stop, before there was a handler: told to leave, and no crash.
+        told = farewell is None and -self.failures[first] in STOPS
+        final = told or (farewell is not None and farewell.final)
         over = self.end(now=True) if final or farewell is None else self._word_of_others()
         if over is not None and over.orderly:
             # The run was over, and something went wrong on the way out: the others wait at the exit.

@@ -6,6 +6,8 @@ import argparse
 import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -25,6 +27,28 @@ ONLY: dict[Target, tuple[str, ...]] = {
     "kubeflow": ("namespace",),
 }
 """Options that one kind of cluster alone has a use for."""
+
+WRITTEN: dict[str, str] = {
+    "job-name": "use --job-name",
+    "nodes": "use --nodes",
+    "ntasks": "use --nodes and --processes-per-node",
+    "gpus": "use --gpus-per-node",
+    "cpus-per-task": "use --cpus",
+    "mem": "use --mem",
+    "time": "use --time",
+    "partition": "use --partition",
+    "account": "use --account",
+    "qos": "use --qos",
+    "chdir": "call launch in that folder",
+    "output": "use --log",
+    "open-mode": "leave it out",
+    "requeue": "use --max-idle-starts",
+    "no-requeue": "use --max-idle-starts 1",
+    "signal": "use --grace",
+    "no-kill": "use --nodes MIN:MAX",
+}
+"""Options of sbatch that the script has already, or depends on, and what to do in place of them; `ntasks` and `gpus` stand for
+`ntasks-per-node` and others too."""
 
 
 def cluster_job(
@@ -52,7 +76,7 @@ def cluster_job(
         if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII)
     ]
     problems += [
-        f"--volume: '{path}' is not an absolute path" for _, path in volumes if not path.startswith("/")
+        f"--volume: '{path}' is not an absolute path" for _, path in volumes if path and path[0] != "/"
     ]
     if target == "slurm":
         folder = Path.cwd()
@@ -65,7 +89,9 @@ def cluster_job(
             problems.append("--image: Kubeflow runs containers; name an image that has modelyard in it")
     keeps = loaded.train.run.experiment_dir if loaded.kind == "train" else loaded.prepare.output_path
     keeps = Path(os.path.normpath(folder / keeps))
-    problems += _not_kept(target, options, volumes, folder, keeps, loaded.kind)
+    if all(path for _, path in volumes):
+        problems += _not_kept(target, options, volumes, folder, keeps, loaded.kind)
+    problems += _setup_problems(options.setup)
     if problems:
         raise UserError(*problems)
     return ClusterJob(
@@ -110,6 +136,10 @@ def slurm_job(options: argparse.Namespace, job: ClusterJob, script: Path | None)
     for line in lines:
         if not re.match(r"[a-zA-Z]", line) or "\n" in line:
             raise UserError(f"--sbatch: '{line}' is no option of sbatch, such as constraint=h100")
+        name = re.split(r"[=\s]", line, maxsplit=1)[0]
+        kind = "gpus" if line.startswith("gres=gpu") else re.sub(r"^(ntasks|gpus)-.*", r"\1", name)
+        if kind in WRITTEN:
+            raise UserError(f"--sbatch: '{line}': launch sets this itself; {WRITTEN[kind]}")
     return SlurmJob(
         job,
         log=log,
@@ -126,7 +156,8 @@ def _nodes(text: str, kind: str, problems: list[str]) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", text)
     least, most = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
     if least > most:
-        problems.append(f"--nodes: '{text}' is neither N nor MIN:MAX, from 1 on")
+        wrong = f"has MIN above MAX; write {most}:{least}" if match else "is neither N nor MIN:MAX, from 1 on"
+        problems.append(f"--nodes: '{text}' {wrong}")
         return 1, 1
     if kind == "prepare" and least < most:
         problems.append(
@@ -193,6 +224,19 @@ def _not_kept(
     key = "run.experiment_dir" if kind == "train" else "output_path"
     source = "CLAIM" if target == "kubeflow" else "FOLDER"
     return [f"{key}: {keeps} is on no --volume and would go with the container; add --volume {source}:PATH"]
+
+
+def _setup_problems(lines: list[str]) -> list[str]:
+    """What bash says against the lines of `--setup`, which stand in the script as they are; all else there is quoted."""
+    if not lines or shutil.which("bash") is None:
+        return []
+    done = subprocess.run(
+        ["bash", "-n"], input="\n".join(lines) + "\n", capture_output=True, text=True, check=False
+    )
+    if not done.returncode and "here-document" not in done.stderr:
+        return []
+    said = done.stderr.strip().splitlines() or [f"bash -n left with status {done.returncode}"]
+    return [f"--setup: {said[0].removeprefix('bash: ')}"]
 
 
 def _program(options: argparse.Namespace) -> list[str]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from modelyard.config.reading import Kind
 
 MARK = "Written by modelyard launch"
-"""In the first lines of every file from here: such a file may be written anew, any other may not."""
+"""In the first lines of every file from here: `--overwrite` replaces such a file, and no other."""
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 _MEMORY = re.compile(r"(\d+)([KMGT])")
@@ -120,10 +120,18 @@ def memory(text: str) -> tuple[int, str]:
     return int(match[1]), match[2]
 
 
-def write(path: Path, text: str) -> None:
-    """Write a script or manifest; raises UserError where something else is there."""
-    if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:400]:
-        raise UserError(f"{path} exists and is not from `modelyard launch`; name another file with --output")
+def write(path: Path, text: str, *, overwrite: bool) -> None:
+    """Write a script or manifest; raises UserError where something else is there (`overwrite`: something not from here)."""
+    if path.exists():
+        there = path.read_text(encoding="utf-8", errors="replace")
+        if MARK not in there[:400]:
+            raise UserError(
+                f"{path} exists and is not from `modelyard launch`; name another file with --output"
+            )
+        if there != text and not overwrite:  # it may have been changed by hand
+            raise UserError(
+                f"{path} exists and differs; remove it, name another with --output, or replace it (--overwrite)"
+            )
     replace_text(path, text)
 
 

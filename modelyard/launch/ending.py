@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 
-from modelyard.launch.rank import Farewell, RankFiles
+from modelyard.launch.rank import STOPS, Farewell, RankFiles
 
 Ranks = Mapping[int, RankFiles]
 """Those of this node, by their number among all."""
@@ -51,6 +51,8 @@ def how_it_ended(ranks: Ranks, failures: Mapping[int, int]) -> str:
     files, end, code = ranks[rank], ranks[rank].farewell(), failures[rank]
     if end is not None:
         how = f"ended with status {end.status}"
+        if end.status - 128 in STOPS:
+            how = f"was told to leave by {signal.Signals(end.status - 128).name}"
     else:
         how = _killed(-code) if code < 0 else f"left with status {code}"
     last, log = files.last_line(), files.log
@@ -69,7 +71,8 @@ def unsaid(ranks: Ranks, failures: Mapping[int, int]) -> bool:
     both_refuse = (
         end is not None and end.status == 2 and (here := ends.get(0)) is not None and here.status == 2
     )
-    return end is None or bool(first and not both_refuse)
+    # Told before it could save: it was silent, for the agent's SIGTERM that follows another's failure looks the same.
+    return end is None or end.status - 128 in STOPS or bool(first and not both_refuse)
 
 
 def say(text: str) -> None:

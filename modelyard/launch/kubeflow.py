@@ -23,6 +23,8 @@ CONFIG_FOLDER = "/etc/modelyard"
 """Where the config is in the container, from the ConfigMap beside the job."""
 NAME = re.compile(r"[a-z]([a-z0-9-]{0,48}[a-z0-9])?")
 """A DNS label, short enough for `-worker-1000` behind it."""
+CLAIM = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
+"""A DNS subdomain (RFC 1123), as the names of claims are."""
 
 
 def manifest(job: ClusterJob, *, namespace: str | None = None) -> str:
@@ -31,6 +33,12 @@ def manifest(job: ClusterJob, *, namespace: str | None = None) -> str:
         if name is not None and not NAME.fullmatch(name):
             raise UserError(
                 f"{what}: '{name}' is no name for Kubernetes: up to 50 small letters, digits and dashes, a letter first"
+            )
+    for claim, _ in job.volumes:
+        if not CLAIM.fullmatch(claim):
+            raise UserError(
+                f"--volume: '{claim}' is no name of a claim in Kubernetes: small letters, digits, '-' and '.', a letter or "
+                "digit first and last"
             )
     names = config_names(job.files)
     metadata = {"name": job.name} | ({} if namespace is None else {"namespace": namespace})

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 from modelyard.launch.process import end_with_parent, may_be_mended, on_farewell, output_to
@@ -26,6 +27,7 @@ def main() -> int:
     folder, parent, module, *words = sys.argv[1:]
     end_with_parent(int(parent))
     files = RankFiles(Path(folder), rank())
+    _leave_when_told(files)
     if rank():
         output_to(files.output)
     sys.argv = [module, *words]
@@ -44,6 +46,19 @@ def main() -> int:
     # torchrun kills the others as soon as one fails. A rank that leaves because it was told to has not failed, and
     # another may be writing the checkpoint still.
     return 0 if answered and status - 128 in STOPS else status
+
+
+def _leave_when_told(files: RankFiles) -> None:
+    """Until the program has handlers of its own, one of `STOPS` ends this process with 128 and its number, as an answer:
+    there is nothing to save yet, and a process that is killed looks like one that crashed."""
+
+    def leave(signum: int, _frame: FrameType | None) -> None:
+        files.say_farewell(128 + signum, answered=True)
+        os._exit(128 + signum)  # not 0: the others, which wait for this one, are ended then
+
+    for signum in STOPS:
+        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup
+            signal.signal(signum, leave)
 
 
 def _run(module: str) -> tuple[int, bool]:

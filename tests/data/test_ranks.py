@@ -268,6 +268,7 @@ def test_torchruns_machines_leave_together(tmp_path, write_jsonl, tokenizer_fold
     ("environment", "given", "message"),
     [
         ({"WORLD_SIZE": "2"}, {}, "the environment has WORLD_SIZE=2 and no RANK"),
+        ({"RANK": "3"}, {}, "the environment has RANK=3 and no WORLD_SIZE"),
         (
             {"WORLD_SIZE": "2", "RANK": "2"},
             {},

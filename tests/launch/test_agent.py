@@ -154,6 +154,17 @@ def test_ranks_that_a_signal_killed_before_they_could_save_are_not_restarted(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("signum", [1, 2, 10, 15])
+def test_a_rank_that_was_told_to_leave_before_it_could_listen_is_not_restarted(
+    tmp_path: Path, store: dist.Store, signum: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The signal came to the rank alone, and its default action killed it."""
+    here = agent(tmp_path, store)
+    assert failed(here, rank3=-signum).state == WorkerState.FAILED
+    assert (here._remaining_restarts, here.end(now=True)) == (0, End(128 + signum, orderly=False))
+    assert capsys.readouterr().err == ""
+
+
 def test_a_failure_on_the_way_out_does_not_start_a_run_again_that_is_over(
     tmp_path: Path, store: dist.Store
 ) -> None:

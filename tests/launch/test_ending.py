@@ -71,6 +71,14 @@ def test_what_rank_0_has_said_too_is_not_repeated(tmp_path: Path) -> None:
     assert how_it_ended(ranks, {0: 1, 1: 1}) == "rank 1: no progress for 60 s in forward of iteration 3"
 
 
+def test_a_rank_that_was_told_to_leave_at_its_start(tmp_path: Path) -> None:
+    ranks = {rank: RankFiles(tmp_path, rank) for rank in (0, 1)}
+    ranks[0].say_farewell(138, answered=True)
+    assert unsaid(ranks, {0: 138})
+    assert exit_status(ranks, {0: 138}) == 138
+    assert how_it_ended(ranks, {0: 138}) == "rank 0 was told to leave by SIGUSR1"
+
+
 def test_without_rank_0_all_is_said(ranks: dict[int, RankFiles]) -> None:
     """On another node than the first nobody has the screen."""
     ranks[2].output.write_text("error: the data is not there\n")

@@ -282,6 +282,8 @@ def texts(value: Any) -> Any:
         (["train.yaml", *GPUS, "--partition", "a", "--max-idle-starts", "2"], ["--partition is for slurm alone", "--max-idle-starts is for slurm alone"]),
         (["train.yaml", *GPUS, "--job-name", "A_1"], ["--job-name: 'A_1' is no name for Kubernetes: up to 50 small letters, digits and dashes, a letter first"]),
         (["train.yaml", *GPUS, "--namespace", "A"], ["--namespace: 'A' is no name for Kubernetes: up to 50 small letters, digits and dashes, a letter first"]),
+        (["train.yaml", "--gpus-per-node", "4", "--image", "x", "--volume", "work"], ["--volume: 'work' is not SOURCE:PATH"]),
+        (["train.yaml", "--gpus-per-node", "4", "--image", "x", "--volume", "My_Work:/w", "run.experiment_dir=/w/a"], ["--volume: 'My_Work' is no name of a claim in Kubernetes: small letters, digits, '-' and '.', a letter or digit first and last"]),
         (["train.yaml", *GPUS, "--mem", "0"], ["--mem: '0' is not a number with K, M, G or T, such as 64G (of 1024)"]),
         (["prepare.yaml", *VOLUME, "--processes-per-node", "2"], ["--processes-per-node: Kubeflow starts one process a pod; write more --nodes, or tokenize_workers"]),
         (

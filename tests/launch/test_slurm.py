@@ -293,7 +293,10 @@ def test_setup_that_fails_ends_the_job(here: Path, capsys: Screen) -> None:
         ),
         (["slurm", "train.yaml", *CPUS, "training.train_itrs=3"], ["override 1: unknown key 'train_itrs' in training; did you mean 'train_iters'?"]),
         (["slurm", "train.yaml", *CPUS, "--namespace", "a"], ["--namespace is for kubeflow alone"]),
-        (["slurm", "train.yaml", *CPUS, "--nodes", "4:2"], ["--nodes: '4:2' is neither N nor MIN:MAX, from 1 on"]),
+        (["slurm", "train.yaml", *CPUS, "--nodes", "4:2"], ["--nodes: '4:2' has MIN above MAX; write 2:4"]),
+        (["slurm", "train.yaml", *CPUS, "--nodes", "0"], ["--nodes: '0' is neither N nor MIN:MAX, from 1 on"]),
+        (["slurm", "train.yaml", "--gpus", "2"], ["modelyard launch: unrecognized arguments: --gpus 2; did you mean '--gpus-per-node'? (modelyard launch --help lists them)"]),
+        (["slurm", "train.yaml", "--nproc", "2"], ["modelyard launch: unrecognized arguments: --nproc 2; did you mean '--gpus-per-node' or '--processes-per-node'? (modelyard launch --help lists them)"]),
         (["slurm", "prepare.yaml", "--nodes", "1:2"], ["--nodes: 1:2, but a preparation has one number of nodes from its start to its end"]),
         (["slurm", "prepare.yaml", "--gpus-per-node", "1"], ["--gpus-per-node: a preparation has no use for GPUs; leave it out"]),
         (["slurm", "prepare.yaml", "--processes-per-node", "3", "--cpus", "8"], ["--cpus: 8 CPUs of a node cannot be dealt to 3 processes"]),
@@ -311,6 +314,11 @@ def test_setup_that_fails_ends_the_job(here: Path, capsys: Screen) -> None:
         (["slurm", "train.yaml", *CPUS, "--container-runtime", "pyxis"], ["--container-runtime runs an image, and there is none; name one with --image"]),
         (["slurm", "train.yaml", *CPUS, "--job-name", "a b"], ["--job-name: 'a b' has more than letters, digits, '.', '_' and '-'"]),
         (["slurm", "train.yaml", *CPUS, "--sbatch", "-"], ["--sbatch: '-' is no option of sbatch, such as constraint=h100"]),
+        (["slurm", "train.yaml", *CPUS, "--sbatch", "nodes=3"], ["--sbatch: 'nodes=3': launch sets this itself; use --nodes"]),
+        (["slurm", "train.yaml", *CPUS, "--sbatch", "--ntasks-per-node 4"], ["--sbatch: 'ntasks-per-node 4': launch sets this itself; use --nodes and --processes-per-node"]),
+        (["slurm", "train.yaml", *CPUS, "--sbatch", "gres=gpu:8"], ["--sbatch: 'gres=gpu:8': launch sets this itself; use --gpus-per-node"]),
+        (["slurm", "train.yaml", *CPUS, "--sbatch=signal=USR1@60"], ["--sbatch: 'signal=USR1@60': launch sets this itself; use --grace"]),
+        (["slurm", "train.yaml", *CPUS, "--sbatch=requeue"], ["--sbatch: 'requeue': launch sets this itself; use --max-idle-starts"]),
         (["slurm", "train.yaml", *CPUS, "--max-idle-starts", "0"], ["--max-idle-starts: at least 1"]),
         (["slurm", "train.yaml", *CPUS, "--program", "'a"], ["--program: No closing quotation"]),
         (["slurm", "train.yaml", *CPUS, "--output", "-", "--submit"], ["--submit needs a file, and --output - makes none; leave one of the two out"]),
@@ -319,6 +327,34 @@ def test_setup_that_fails_ends_the_job(here: Path, capsys: Screen) -> None:
 )  # fmt: skip
 def test_refused(here: Path, capsys: Screen, words: list[str], problems: list[str]) -> None:
     assert refused(capsys, *words) == problems
+
+
+def test_setup_that_is_no_shell(here: Path, capsys: Screen) -> None:
+    """It would make the whole script one that bash cannot read."""
+    for line in ('source act"', "if true; then", "cat <<END"):
+        (problem,) = refused(capsys, "slurm", "train.yaml", *CPUS, "--setup", line)
+        assert problem.startswith("--setup: line ")
+    launched(capsys, "slurm", "train.yaml", *CPUS, "--setup", "if true; then", "--setup", "true; fi")
+
+
+def test_what_was_changed_by_hand_stays(here: Path, capsys: Screen) -> None:
+    words = ["launch", "slurm", "train.yaml", *CPUS]
+    script = Path("train.sbatch")
+    assert main(words) == 0
+    written = script.read_text()
+    assert main(words) == 0  # the same again
+    script.write_text(written + "# by hand\n")
+    capsys.readouterr()
+    assert main(words) == 2
+    assert capsys.readouterr().err == (
+        "error: train.sbatch exists and differs; remove it, name another with --output, or replace it (--overwrite)\n"
+    )
+    assert script.read_text() == written + "# by hand\n"
+    assert main([*words, "--overwrite"]) == 0
+    assert script.read_text() == written
+    script.write_text("echo mine\n")
+    assert main([*words, "--overwrite"]) == 2
+    assert script.read_text() == "echo mine\n"
 
 
 def test_numbers_of_nodes_in_between(here: Path, capsys: Screen) -> None:

@@ -213,6 +213,26 @@ def test_a_signal_before_there_are_ranks(tmp_path: Path) -> None:
     assert (farewell.status, farewell.final) == (143, True)
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_to_a_rank_before_it_has_handlers(tmp_path: Path, signum: int) -> None:
+    """It leaves with an answer, which no restart follows."""
+    (tmp_path / "program.py").write_text("import time; print('here', flush=True); time.sleep(60)\n")
+    words = [sys.executable, "-m", "modelyard.launch.rank", str(tmp_path), str(os.getpid()), "program"]
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    process = subprocess.Popen(
+        words, cwd=tmp_path, env={**os.environ, **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (128 + signum, "")
+    farewell = RankFiles(tmp_path, 0).farewell()
+    assert farewell is not None
+    assert (farewell.status, farewell.final) == (128 + signum, True)
+
+
 def test_what_a_rank_writes_goes_to_a_file(tmp_path: Path) -> None:
     first, last = tmp_path / "first.txt", tmp_path / "logs" / "rank-1.txt"
     program = (
