@@ -135,7 +135,7 @@ def start_up(found: dict[str, Any]) -> str:
 
 def checkpoint(found: dict[str, Any]) -> str:
     megabytes = found["bytes"] / 1e6
-    return table(
+    waited_for = table(
         ("", "seconds", "MB/s", "the disk alone, MB/s", "share of it"),
         (
             [
@@ -148,6 +148,17 @@ def checkpoint(found: dict[str, Any]) -> str:
             for name, plain in (("save", "plain write"), ("load", "plain read"))
         ),
     )
+    beside = table(
+        ("a save beside the training", "training waits, s", "durable after, s"),
+        (
+            [words, f"{found[f'{name}: training waits']:.2f}", f"{found[f'{name}: durable after']:.2f}"]
+            for name, words in (
+                ("ours", "ours, with checksums, manifest and rename"),
+                ("async_save", "torch's dcp.async_save, without"),
+            )
+        ),
+    )
+    return f"{waited_for}\n\n{beside}"
 
 
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
