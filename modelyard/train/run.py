@@ -74,6 +74,13 @@ def _check(loaded: Loaded, *, force: bool) -> Architecture:
         architecture = Checkpoint(usable, verify=False).architecture
     if problem := disk_problem(config, architecture):
         raise UserError(problem)
+    pretrained = config.pretrained
+    if config.training.export.interval and pretrained is not None and not pretrained.path.exists():
+        # Found now, and not at the first export, which may be at the end.
+        raise UserError(
+            f"pretrained.path: {pretrained.path} is gone, and training.export takes from its config.json what is not known "
+            "here: put it back, or set training.export.interval=null"
+        )
     require_wandb(config)
     if not force:
         refuse_foreign_folder(config.run.experiment_dir)

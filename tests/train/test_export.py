@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from modelyard.cli import main
+from modelyard.errors import UserError
 from modelyard.train.run import train
 from tests.train.helpers import loaded
 
@@ -77,3 +78,17 @@ def test_convert_takes_every_family(trained: Path, capsys: pytest.CaptureFixture
     assert "starcoder2" in err
     assert "invalid choice" not in err
     assert not Path("s").exists()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_exports_need_the_folder_that_was_started_from() -> None:
+    """A run goes on from its checkpoint without it; one that exports is told at its start, not at its end."""
+    export = "training.export={interval: 2, format: llama, data_type: float32}"
+    assert train(loaded("training.train_iters=2", export, "run.experiment_dir=base")) == 0
+    Path("base/export/llama/2").rename("model")
+    keys = ("pretrained.path=model", "training.checkpoint={interval: 2, offset: 0}")
+    assert train(loaded(*keys, "training.train_iters=2")) == 0
+    Path("model").rename("elsewhere")
+    with pytest.raises(UserError, match=r"pretrained.path: model is gone, and training.export takes from its config.json"):
+        train(loaded(*keys, "training.train_iters=4", export))
+    assert train(loaded(*keys, "training.train_iters=4")) == 0
