@@ -103,9 +103,6 @@ def _own_folder(folder: Path, world: World) -> Iterator[Callable[[], AbstractCon
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    folder = (
-        folder.resolve()
-    )  # of a/../b the part a may come to be and go again: what is there now is what counts
     made = [place for place in (folder / ".lock", folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -89,6 +89,8 @@ def test_exports_need_the_folder_that_was_started_from() -> None:
     keys = ("pretrained.path=model", "training.checkpoint={interval: 2, offset: 0}")
     assert train(loaded(*keys, "training.train_iters=2")) == 0
     Path("model").rename("elsewhere")
-    with pytest.raises(UserError, match=r"pretrained.path: model is gone, and training.export takes from its config.json"):
+    with pytest.raises(
+        UserError, match=r"pretrained.path: model is gone, and training.export takes from its config.json"
+    ):
         train(loaded(*keys, "training.train_iters=4", export))
     assert train(loaded(*keys, "training.train_iters=4")) == 0
