@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from modelyard.chat.conversation import Call, Conversation, ConversationError, Message, Role
+from modelyard.chat.conversation import Conversation, ConversationError, Message, Role
 from modelyard.chat.segments import Kind, Segment
 
 
@@ -292,8 +292,3 @@ class Vicuna:
 
 QWEN = ChatML("qwen2.5", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", hermes=True)
 FAMILIES: dict[str, Family] = {family.name: family for family in (Llama3(), QWEN, ChatML(), Vicuna())}
-
-
-def call_text(call: Call) -> str:
-    """A call as people read it."""
-    return f"{call.name}({', '.join(f'{name}={value!r}' for name, value in call.arguments.items())})"
