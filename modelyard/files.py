@@ -19,6 +19,8 @@ from typing import Any, Literal
 from modelyard.errors import UserError
 
 MANIFEST = "manifest.json"
+CHAT_FILE = "modelyard_chat.json"
+"""Beside a tokenizer: the chat format that conversations were written in (`modelyard.chat.format`)."""
 CHECKSUM_LIMIT = 4 * 2**30
 """Bytes up to which data or a checkpoint is read whole before it is used; of more, only the sizes are checked."""
 

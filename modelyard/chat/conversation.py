@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from modelyard.chat.expression import is_expression
 from modelyard.errors import did_you_mean
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -65,6 +66,27 @@ def read_conversation(messages: Any, tools: Any = None) -> Conversation:
     return Conversation(tuple(found), _tools(tools))
 
 
+def as_message(message: Message) -> dict[str, Any]:
+    """A message as OpenAI's interface has it, which `read_conversation` reads again."""
+    found: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.calls:
+        found["tool_calls"] = [
+            {
+                **({} if call.id is None else {"id": call.id}),
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in message.calls
+        ]
+    return found if message.trained else {**found, "weight": 0}
+
+
+def as_record(conversation: Conversation) -> dict[str, Any]:
+    """`messages`, and `tools` where there are any: a line of a file that `prepare` reads."""
+    messages = [as_message(message) for message in conversation.messages]
+    return {"messages": messages, **({"tools": list(conversation.tools)} if conversation.tools else {})}
+
+
 _KEYS = ("role", "content", "tool_calls", "weight", "name", "tool_call_id", "function_call", "refusal")
 
 
@@ -117,10 +139,13 @@ def _call(call: Any) -> Call:
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ConversationError("a tool call has no name")
     arguments = function.get("arguments", function.get("parameters", {}))
+    identity = call["id"] if isinstance(call.get("id"), str) else None
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
         except ValueError as error:
+            if is_expression(arguments):
+                return Call(function["name"], arguments, identity)
             raise ConversationError(
                 f"the arguments of the call of {function['name']} are no JSON ({error})"
             ) from None
@@ -128,8 +153,7 @@ def _call(call: Any) -> Call:
         raise ConversationError(
             f"the arguments of the call of {function['name']} are {_kind(arguments)}, not an object"
         )
-    identity = call.get("id")
-    return Call(function["name"], arguments, identity if isinstance(identity, str) else None)
+    return Call(function["name"], arguments, identity)
 
 
 def _tools(tools: Any) -> tuple[Any, ...]:

@@ -7,11 +7,12 @@ A family is a function from a conversation to segments. `answer=True` ends with 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from modelyard.chat.conversation import Conversation, ConversationError, Message, Role
+from modelyard.chat.parsing import hermes_message, llama_message, plain_message
 from modelyard.chat.segments import Kind, Segment
 
 
@@ -30,6 +31,13 @@ class Family(Protocol):
         """Tokens that end an answer."""
         ...
 
+    def parse(self, text: str) -> Message:
+        """The message of an answer that a model wrote, from its text with special tokens written out, without the stop.
+
+        The inverse of `render`. A call that is malformed or cut off is content like any other text.
+        """
+        ...
+
 
 def as_json(value: Any, indent: int | None = None) -> str:
     """JSON as chat templates write it."""
@@ -46,7 +54,8 @@ class Llama3:
     """Llama 3.1: a system turn with dates, tools in the first user turn, `ipython` for results.
 
     Source: the template in the tokenizer's configuration. What that refuses and this writes: several calls at once, as a
-    JSON list after `<|python_tag|>`. What that drops silently is refused: text beside a call.
+    JSON list after `<|python_tag|>`, and a call that is an expression after it as it is. What that drops silently is
+    refused: text beside a call.
     """
 
     name: str = "llama3"
@@ -54,6 +63,8 @@ class Llama3:
     """`Today Date` of the system turn: the template's own default, so that data does not change with the day."""
     knowledge_date: str = "December 2023"
     tools_in_user_message: bool = True
+    default_system: str = ""
+    """Said where a conversation has no system message of its own."""
     builtin_tools: tuple[str, ...] | None = None
     """Tools that the model knows by itself (brave_search, wolfram_alpha, code_interpreter); None: no code mode."""
 
@@ -61,12 +72,15 @@ class Llama3:
     def stops(self) -> tuple[str, ...]:
         return ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 
+    def parse(self, text: str) -> Message:
+        return llama_message(text, self.builtin_tools)
+
     def render(self, conversation: Conversation, *, answer: bool = False) -> list[Segment]:
         return list(self._segments(conversation, answer))
 
     def _segments(self, conversation: Conversation, answer: bool) -> Iterator[Segment]:
         messages, tools = list(conversation.messages), conversation.tools
-        system = ""
+        system = self.default_system
         if messages[0].role == "system":
             system = messages.pop(0).content.strip()
         yield Segment("<|begin_of_text|>", Kind.BEGIN, special=True)
@@ -125,10 +139,13 @@ class Llama3:
         if len(calls) > 1:
             yield tag
             text = as_json([{"name": call.name, "parameters": call.arguments} for call in calls])
-        elif self.builtin_tools is not None and calls[0].name in self.builtin_tools:
+        elif isinstance(calls[0].arguments, Mapping) and calls[0].name in (self.builtin_tools or ()):
             yield tag
             given = ", ".join(f'{name}="{value}"' for name, value in calls[0].arguments.items())
             text = f"{calls[0].name}.call({given})"
+        elif isinstance(calls[0].arguments, str):
+            yield tag
+            text = f"{calls[0].name}({calls[0].arguments})"
         else:
             text = f'{{"name": "{calls[0].name}", "parameters": {as_json(calls[0].arguments)}}}'
         yield Segment(text, Kind.TOOL_CALL, "assistant", trained=trained)
@@ -166,6 +183,9 @@ class ChatML:
     @property
     def stops(self) -> tuple[str, ...]:
         return ("<|im_end|>", "<|endoftext|>")
+
+    def parse(self, text: str) -> Message:
+        return hermes_message(text) if self.hermes else plain_message(text)
 
     def render(self, conversation: Conversation, *, answer: bool = False) -> list[Segment]:
         return list(self._segments(conversation, answer))
@@ -263,6 +283,9 @@ class Vicuna:
     @property
     def stops(self) -> tuple[str, ...]:
         return (self.end,)
+
+    def parse(self, text: str) -> Message:
+        return plain_message(text.removeprefix(" "))
 
     def render(self, conversation: Conversation, *, answer: bool = False) -> list[Segment]:
         return list(self._segments(conversation, answer))

@@ -5,23 +5,34 @@
   and results in JSON.
 - `alpaca`: `instruction`, perhaps `input` and `system`, and `output` or `response`.
 - `pair`: `prompt` and `completion`, or `question` and `answer`: text, or messages.
+- `seal_tools`, `bfcl`, `nestful`, `api_bank`, `toolalpaca`: public sets of tool calls (docs/tool-data.md).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from modelyard.chat.conversation import Conversation, ConversationError, read_conversation
+from modelyard.chat.tool_data import api_bank, bfcl, nestful, seal_tools, toolalpaca
 
-Format = Literal["messages", "sharegpt", "alpaca", "pair"]
+Format = Literal[
+    "messages", "sharegpt", "alpaca", "pair", "seal_tools", "bfcl", "nestful", "api_bank", "toolalpaca"
+]
 
 _TELLING: dict[Format, tuple[tuple[str, ...], ...]] = {
     "messages": (("messages",),),
     "sharegpt": (("conversations",), ("conversation",)),
     "alpaca": (("instruction", "output"), ("instruction", "response")),
     "pair": (("prompt", "completion"), ("prompt", "response"), ("question", "answer")),
+    "seal_tools": (("query", "calling", "tools"),),
+    "bfcl": (("question", "function"), ("question", "involved_classes", "ground_truth")),
+    "nestful": (("input", "output", "spec"),),
+    "api_bank": (("turns",),),
+    "toolalpaca": (("Documentation", "Instructions", "Golden_Answers"),),
 }
 """Columns that a record of the format has: all of one of these."""
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -32,17 +43,77 @@ def format_of(record: Mapping[str, Any]) -> Format | None:
     return next((name for name in FORMATS if _has(record, name)), None)
 
 
-def read_record(record: Mapping[str, Any], format: Format | None = None) -> Conversation:
+@dataclass(frozen=True)
+class Reading:
+    """What is left open in some formats."""
+
+    nested: Literal["turns", "expression"] = "turns"
+    """Calls inside calls: each call and its result a turn, or one expression, `f(x=g(y=1))`. (seal_tools, nestful,
+    toolalpaca)"""
+    definitions: Path | None = None
+    """Definitions of tools in a file (or folder) beside the records. (nestful, bfcl, api_bank)"""
+    text_beside_calls: Literal["keep", "drop"] = "keep"
+    """What the assistant says in a message that calls tools, which Llama 3.1's format has no place for. (all formats)"""
+
+
+def read_record(
+    record: Mapping[str, Any], format: Format | None = None, reading: Reading = Reading()
+) -> Conversation:
     """The conversation of a record. Raises ConversationError, which says what is wrong with it."""
-    chosen = format or format_of(record)
-    if chosen is None:
-        columns = ", ".join(map(str, record)) or "none"
+    found = list(read_records(record, format, reading))
+    if len(found) != 1:
         raise ConversationError(
-            f"its columns ({columns}) are those of no format of conversations: {_formats()}"
+            f"it holds {len(found)} conversations: write them to a file of one each first (examples/tools/convert.py)"
         )
-    if not _has(record, chosen):
-        raise ConversationError(f"it has not the columns of the format {chosen}: {_columns(chosen)}")
-    return _READERS[chosen](record)
+    if isinstance(found[0], ConversationError):
+        raise found[0]
+    return found[0]
+
+
+def read_records(
+    record: Mapping[str, Any], format: Format | None = None, reading: Reading = Reading()
+) -> Iterable[Conversation | ConversationError]:
+    """The conversations of a record, one but for toolalpaca, where a record is an API with many questions; for each that is
+    of no use, why."""
+    try:
+        chosen = format or format_of(record)
+        if chosen is None:
+            columns = ", ".join(map(str, record)) or "none"
+            raise ConversationError(
+                f"its columns ({columns}) are those of no format of conversations: {_formats()}"
+            )
+        if not _has(record, chosen):
+            raise ConversationError(f"it has not the columns of the format {chosen}: {_columns(chosen)}")
+        if chosen == "toolalpaca":
+            found: Iterable[Conversation | ConversationError] = toolalpaca.read(
+                record, expression=reading.nested == "expression"
+            )
+        else:
+            found = [_read_whole(record, chosen, reading)]
+    except ConversationError as error:
+        found = [error]
+    for one in found:
+        silent = reading.text_beside_calls == "drop" and isinstance(one, Conversation)
+        yield _without_text_beside_calls(one) if silent and isinstance(one, Conversation) else one
+
+
+def _read_whole(record: Mapping[str, Any], format: Format, reading: Reading) -> Conversation:
+    try:
+        return _READERS[format](record, reading)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        if isinstance(error, ConversationError) or format not in _TOOL_SETS:
+            raise
+        # Records of these sets come from one place each; what is not as there is not worth a rule of its own.
+        raise ConversationError(
+            f"it is not as the format {format} has it ({type(error).__name__}: {error})"
+        ) from None
+
+
+def _without_text_beside_calls(conversation: Conversation) -> Conversation:
+    messages = (
+        replace(message, content="") if message.calls else message for message in conversation.messages
+    )
+    return replace(conversation, messages=tuple(messages))
 
 
 def _has(record: Mapping[str, Any], format: Format) -> bool:
@@ -133,9 +204,16 @@ def _pair(record: Mapping[str, Any]) -> Conversation:
     raise ConversationError(f"{names[0]} and {names[1]} are neither both text nor both messages")
 
 
-_READERS: dict[Format, Callable[[Mapping[str, Any]], Conversation]] = {
-    "messages": _messages,
-    "sharegpt": _sharegpt,
-    "alpaca": _alpaca,
-    "pair": _pair,
+_READERS: dict[Format, Callable[[Mapping[str, Any], Reading], Conversation]] = {
+    "messages": lambda record, _: _messages(record),
+    "sharegpt": lambda record, _: _sharegpt(record),
+    "alpaca": lambda record, _: _alpaca(record),
+    "pair": lambda record, _: _pair(record),
+    "seal_tools": lambda record, how: seal_tools.read(record, expression=how.nested == "expression"),
+    "bfcl": lambda record, how: bfcl.read(record, definitions=how.definitions),
+    "nestful": lambda record, how: nestful.read(
+        record, definitions=how.definitions, expression=how.nested == "expression"
+    ),
+    "api_bank": lambda record, how: api_bank.read(record, definitions=how.definitions),
 }
+_TOOL_SETS = ("seal_tools", "bfcl", "nestful", "api_bank")

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Literal
+
+import numpy as np
 
 from modelyard.chat.conversation import ROLES, Role
 
@@ -56,9 +59,25 @@ def role_of(value: int) -> Role | None:
     return None if number == _NO_ROLE else ROLES[number]
 
 
-def sft_values() -> frozenset[int]:
-    """The bytes of tokens that fine-tuning trains on: the assistant's content, calls and terminators."""
-    return frozenset(lane_value(Segment("", kind, "assistant")) for kind in _TRAINED_KINDS)
+LossLane = Literal["sft", "last_answer", "all"]
+
+_SFT = np.zeros(256, bool)
+_SFT[[lane_value(Segment("", kind, "assistant")) for kind in _TRAINED_KINDS]] = True
+
+
+def trained(kinds: np.ndarray, lane: LossLane = "sft") -> np.ndarray:
+    """Which tokens of a whole conversation are trained on, from their bytes: bool [tokens].
+
+    `sft`: the assistant's content, tool calls and terminators, but not in messages that are left out; `last_answer`: of these
+    the last message alone; `all`: every token.
+    """
+    if lane == "all":
+        return np.ones(len(kinds), bool)
+    found = _SFT[kinds]
+    if lane == "last_answer":
+        begins = np.flatnonzero(found & ~np.append(False, found[:-1]))
+        found[: begins[-1] if len(begins) else 0] = False
+    return found
 
 
 def text_of(segments: Sequence[Segment]) -> str:

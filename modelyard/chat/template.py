@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from modelyard.chat.conversation import Conversation, ConversationError, Message
+from modelyard.chat.conversation import Call, Conversation, ConversationError, Message
+from modelyard.chat.parsing import hermes_message, llama_message, plain_message
 from modelyard.chat.segments import Kind, Segment, text_of
 from modelyard.errors import UserError
 
@@ -37,10 +38,15 @@ class Template:
     """`bos_token`, `eos_token` and the like."""
     date: datetime = datetime(2024, 7, 26)
     """What `strftime_now` shows."""
+    default_system: str | None = None
+    """Said where a conversation has no system message of its own; None: what the template says then."""
 
     @property
     def stops(self) -> tuple[str, ...]:
         return tuple(filter(None, [self.variables.get("eos_token")]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # jinja cannot be pickled
 
     @cached_property
     def _compiled(self) -> Any:
@@ -63,7 +69,10 @@ class Template:
                 f"the chat template of {self.name}, line {error.lineno}: {error.message}"
             ) from None
 
-    def _text(self, messages: Sequence[Message], tools: tuple[Any, ...], *, answer: bool = False) -> str:
+    def text(
+        self, messages: Sequence[Message], tools: tuple[Any, ...] = (), *, answer: bool = False
+    ) -> str:
+        """What the template makes of a conversation. Raises ConversationError where it refuses it."""
         from jinja2 import TemplateError
 
         try:
@@ -78,12 +87,33 @@ class Template:
 
     def render(self, conversation: Conversation, *, answer: bool = False) -> list[Segment]:
         messages, tools = conversation.messages, conversation.tools
-        whole = self._text(messages, tools, answer=answer)
+        if self.default_system is not None and messages[0].role != "system":
+            messages = (Message("system", self.default_system), *messages)
+        whole = self.text(messages, tools, answer=answer)
         contents = self._contents(messages, tools, whole, answer)
         answers = self._answers(messages, tools, whole)
-        segments = list(self._segments(messages, whole, contents, answers))
+        segments = _joined(self._segments(messages, whole, contents, answers))
         assert text_of(segments) == whole
         return segments
+
+    def parse(self, text: str) -> Message:
+        return self._parse(text)
+
+    @cached_property
+    def _parse(self) -> Callable[[str], Message]:
+        """Calls are looked for in the form in which the template writes one, if it writes them at all."""
+        asked = Message("user", "x")
+        call = Message("assistant", "", (Call("probe", {"key": 1}),))
+        try:
+            before = self.text([asked], (), answer=True)
+            written = self.text([asked, call], ()).removeprefix(before)
+        except ConversationError:
+            return plain_message
+        if re.search(r'<tool_call>\s*\{"name": ?"probe"', written):
+            return hermes_message
+        if re.search(r'\{"name": ?"probe", ?"parameters"', written):
+            return llama_message
+        return plain_message
 
     def _contents(
         self, messages: Sequence[Message], tools: tuple[Any, ...], whole: str, answer: bool
@@ -93,7 +123,7 @@ class Template:
             replace(message, content=_MARK.format(number)) if message.content else message
             for number, message in enumerate(messages)
         ]
-        pieces = re.split(r"\ue000(\d+)\ue001", self._text(marked, tools, answer=answer))
+        pieces = re.split(r"\ue000(\d+)\ue001", self.text(marked, tools, answer=answer))
         found, place = [], len(pieces[0])
         if not whole.startswith(pieces[0]):
             raise ConversationError(self._inexact("its text depends on what messages say"))
@@ -126,8 +156,8 @@ class Template:
         for number, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            prompt = self._text(messages[:number], tools, answer=True)
-            turn = self._text(messages[: number + 1], tools)
+            prompt = self.text(messages[:number], tools, answer=True)
+            turn = self.text(messages[: number + 1], tools)
             if not turn.startswith(prompt) or not whole.startswith(turn):
                 raise ConversationError(
                     self._inexact(f"the prompt for message {number + 1} is not the beginning of the text")
@@ -166,8 +196,8 @@ class Template:
                 elif special and text in self._ends:
                     kind = Kind.TERMINATOR
                     ended.add(inside[0])
-                elif not message.calls and not message.content:
-                    kind = Kind.CONTENT
+                elif not message.calls and (not message.content or not text.strip()):
+                    kind = Kind.CONTENT  # a space beside the answer is the model's to say
                 elif not message.calls:
                     raise ConversationError(
                         self._inexact(f"it writes {text!r} into an answer, or ends it in no special token")
@@ -203,6 +233,23 @@ class Template:
             f"the chat template of {self.name} cannot be used for training: {reason}; name a family that fits "
             "(llama3, qwen2.5, chatml, vicuna)"
         )
+
+
+def _joined(segments: Iterator[Segment]) -> list[Segment]:
+    """Neighbours that are all content of one message as one, so that they are cut into tokens together."""
+    found: list[Segment] = []
+    for segment in segments:
+        before = found[-1] if found else None
+        if (
+            before is not None
+            and not (before.special or segment.special)
+            and before.kind == segment.kind == Kind.CONTENT
+            and (before.role, before.trained) == (segment.role, segment.trained)
+        ):
+            found[-1] = replace(before, text=before.text + segment.text)
+        else:
+            found.append(segment)
+    return found
 
 
 def template_of(folder: Path) -> Template:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from modelyard.chat.conversation import Conversation, ConversationError
 from modelyard.chat.families import Family
-from modelyard.chat.segments import Kind, Segment, lane_value, sft_values
+from modelyard.chat.segments import Kind, Segment, lane_value, trained
 from modelyard.data.tokenizer import Tokenizer, replace_surrogates
-
-_TRAINED = np.isin(np.arange(256), sorted(sft_values()))
 
 
 @dataclass(frozen=True)
@@ -25,26 +23,25 @@ class Tokenized:
     """uint8 [tokens]: `lane_value` of each token's segment."""
 
 
-def trained(kinds: np.ndarray) -> np.ndarray:
-    """Which tokens fine-tuning trains on, from their kinds: bool [tokens]."""
-    return _TRAINED[kinds]
-
-
 def tokenize_segments(segments: Sequence[Segment], tokenizer: Tokenizer) -> Tokenized:
     """Cut each segment into tokens by itself; strings of special tokens in it are text like any other.
 
     So the tokens of a prompt are the first tokens of prompt and answer, whatever the answer begins with, and no content can
     end its own message. Raises ConversationError where the vocabulary lacks a token that the format is made of.
     """
-    ids: list[np.ndarray] = []
-    kinds: list[np.ndarray] = []
-    texts = [replace_surrogates(segment.text) for segment in segments if not segment.special]
-    plain = iter(tokenizer.encode_ids(texts))
-    for segment in segments:
-        found = np.array([_special(segment, tokenizer)], np.uint32) if segment.special else next(plain)
-        ids.append(found)
-        kinds.append(np.full(len(found), lane_value(segment), np.uint8))
-    return Tokenized(np.concatenate(ids), np.concatenate(kinds))
+    return next(tokenize_many([segments], tokenizer))
+
+
+def tokenize_many(conversations: Sequence[Sequence[Segment]], tokenizer: Tokenizer) -> Iterator[Tokenized]:
+    """`tokenize_segments` of each of many, which is faster than one by one."""
+    segments = [segment for conversation in conversations for segment in conversation]
+    texts = {segment.text: replace_surrogates(segment.text) for segment in segments if not segment.special}
+    pieces = dict(zip(texts, tokenizer.encode_ids(list(texts.values())), strict=True))
+    specials = {name: np.array([number], np.uint32) for name, number in require_specials(segments, tokenizer).items()}
+    for conversation in conversations:
+        ids = [specials[s.text] if s.special else pieces[s.text] for s in conversation]
+        values = np.array([lane_value(segment) for segment in conversation], np.uint8)
+        yield Tokenized(np.concatenate(ids), np.repeat(values, [len(found) for found in ids]))
 
 
 def tokenize_conversation(
@@ -68,10 +65,14 @@ def untrained_reason(tokenized: Tokenized) -> str | None:
     return None
 
 
-def _special(segment: Segment, tokenizer: Tokenizer) -> int:
-    token_id = tokenizer.backend.token_to_id(segment.text)
-    if token_id is None:
-        raise ConversationError(
-            f"the tokenizer {tokenizer.folder} has no token '{segment.text}', which this chat format is made of"
-        )
-    return token_id
+def require_specials(segments: Sequence[Segment], tokenizer: Tokenizer) -> dict[str, int]:
+    """Ids of the special tokens in segments. Raises ConversationError where the vocabulary lacks one."""
+    found: dict[str, int] = {}
+    for text in dict.fromkeys(segment.text for segment in segments if segment.special):
+        token_id = tokenizer.backend.token_to_id(text)
+        if token_id is None:
+            raise ConversationError(
+                f"the tokenizer {tokenizer.folder} has no token '{text}', which this chat format is made of"
+            )
+        found[text] = token_id
+    return found

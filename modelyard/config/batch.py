@@ -25,10 +25,18 @@ class BatchConfig(Section):
     cross_document_attention: bool = True
     """Whether tokens see the other documents of their row; `no` isolates attention, positions and labels."""
     truncate_documents: bool = True
-    """Whether documents are cut where a row ends; `no` packs whole documents and pads."""
+    """Whether documents are cut where a row ends; `no` packs whole documents and pads. Conversations are always packed whole."""
+    overlong: Literal["auto", "error", "drop", "split"] = "auto"
+    """What becomes of a document that is packed whole and longer than a row (sequence_length + 1 tokens): `error` stops at the
+    start and lists the longest, `drop` leaves it out and counts it, `split` spreads it over several rows, every token trained on
+    once, none seeing an earlier row; auto: `error` for conversations, else `drop`."""
     use_loss_masking_spans: bool | Literal["auto"] = False
     """Whether the spans stored by `prepare` (dataset.loss_masking_spans) are left out of the loss; `yes` needs them in every
     dataset, `auto` takes them where there are some."""
+
+    loss_lane: Literal["sft", "last_answer", "all"] = "sft"
+    """Of conversations, which tokens are trained on: `sft` the assistant's content, tool calls and terminators; `last_answer` of
+    these the last message alone; `all` every token."""
 
     def micro_rows(self, data: int = 1) -> int:
         """Rows in one forward and backward pass of each of `data` data-parallel processes, in sequences."""

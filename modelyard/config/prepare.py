@@ -22,8 +22,8 @@ REFUSED_DATASET_KEYS = {
 """Keys of the same schema elsewhere that this program does not have, and why."""
 
 REFUSED_SCHEMA_KEYS = REFUSED_DATASET_KEYS | {
-    "messages": "conversations are not supported yet; format them as text with loss_masking_spans",
-    "train_on_eos": "conversations are not supported yet",
+    "messages": "write dataset.conversations: {columns: {messages: NAME}}",
+    "train_on_eos": "with dataset.conversations the end of every answer is trained on",
     "images": "images are not supported",
     "image_positions": "images are not supported",
 }
@@ -56,7 +56,7 @@ class SourceSchema(Section):
     @classmethod
     def _refuse_unsupported(cls, document: Any) -> Any:
         if isinstance(document, dict) and document.get("type") == "conversation":
-            raise ValueError(f"type 'conversation' cannot be used: {REFUSED_SCHEMA_KEYS['messages']}")
+            raise ValueError("type 'conversation' cannot be used: write dataset.conversations")
         return _refuse(document, REFUSED_SCHEMA_KEYS)
 
     @model_validator(mode="after")
@@ -69,6 +69,54 @@ class SourceSchema(Section):
         }[self.type]
         if foreign:
             raise ValueError(f"type '{self.type}' has no {' and no '.join(foreign)}")
+        return self
+
+
+ConversationColumn = Literal[
+    "messages", "tools", "conversations", "conversation", "system",
+    "instruction", "input", "output", "response", "prompt", "completion", "question", "answer",
+]  # fmt: skip
+"""Columns by which `modelyard.chat.formats` knows a record's format, and what else it reads."""
+
+
+class ConversationsConfig(Section):
+    """Records are conversations: they are written in a chat format, and every token knows what it is."""
+
+    format: str = "auto"
+    """How the records are: messages (OpenAI's), sharegpt, alpaca, pair (prompt and completion), or one of the tool-call
+    sets of docs/tool-data.md; auto: by their columns. Default auto."""
+    columns: dict[ConversationColumn, str] = Field(default_factory=dict)
+    """Columns that have other names in the data: the format's name → the data's (`messages: chat`). Default none."""
+    family: Literal["auto", "llama3", "qwen2.5", "chatml", "vicuna", "template"] = "auto"
+    """The chat format to write: `template` is the tokenizer's own chat template; `auto` the family that writes the same as
+    that template does, else the template itself. Default auto."""
+    system: str | None = None
+    """Said in conversations that have no system message. Default none: what the format says then (Qwen 2.5 and Vicuna have
+    a sentence of their own)."""
+    date: str | None = None
+    """With llama3: `Today Date` of the system turn, as text; with template: today, as YYYY-MM-DD. Never the clock's, so that the
+    data does not change with the day. Default `26 Jul 2024`, the template's own."""
+    knowledge_date: str | None = None
+    """With llama3: `Cutting Knowledge Date`. Default `December 2023`, the template's own."""
+    tools_in_user_message: bool = True
+    """With llama3: tools are told in the first user turn; `no`: in the system turn. Default yes, as its template has it."""
+    builtin_tools: list[str] | None = None
+    """With llama3: tools that the model knows by name (brave_search, wolfram_alpha, code_interpreter). Default none."""
+    nested: Literal["turns", "expression"] = "turns"
+    """Of tool-call sets with calls inside calls: each call and its result a turn of its own, or one expression, `f(g(x))`.
+    Default turns."""
+    unusable: Literal["error", "drop"] = "error"
+    """What a record does that cannot be used (a broken one, one without anything to train on, one that the chat format cannot
+    hold): stop with its name, or be left out and counted. Default error."""
+
+    @model_validator(mode="after")
+    def _of_the_family(self) -> ConversationsConfig:
+        given = self.model_fields_set
+        llama = given & {"knowledge_date", "tools_in_user_message", "builtin_tools"}
+        if self.family not in ("auto", "llama3") and llama:
+            raise ValueError(f"{' and '.join(sorted(llama))}: only with family llama3, not {self.family}")
+        if self.date is not None and self.family not in ("auto", "llama3", "template"):
+            raise ValueError(f"date: the format {self.family} has none")
         return self
 
 
@@ -94,6 +142,8 @@ class PrepareDatasetConfig(Section):
     Default none."""
     source_schema: SourceSchema | None = None
     """The later spelling of `field` and `loss_masking_spans`. Default none."""
+    conversations: ConversationsConfig | None = None
+    """The records are conversations, not texts. Default none."""
     columns: list[str] | None = None
     """Other columns kept beside the tokens, as text in each store's `columns.parquet`. Default none; for folders of
     source files `path` and `license`."""
@@ -151,6 +201,10 @@ class PrepareDatasetConfig(Section):
             raise ValueError(
                 f"min_file_bytes {self.min_file_bytes} is above max_file_bytes {self.max_file_bytes}"
             )
+        if self.conversations is not None:
+            texts = {"field", "loss_masking_spans", "source_schema", "special_tokens", "extensions", "sample_by"}
+            if not_for_them := sorted(given & texts):
+                raise ValueError(f"{' and '.join(not_for_them)}: for texts; the records are conversations")
         if self.extensions is not None and self.spans_column:
             raise ValueError("loss_masking_spans: source files (`extensions`) have no spans")
         return self
@@ -239,6 +293,14 @@ class PrepareConfig(Section):
     """The texts."""
     tokenizer: PrepareTokenizerConfig
     """The tokenizer, and what begins and ends a document."""
+    @model_validator(mode="after")
+    def _ends_of_conversations(self) -> PrepareConfig:
+        if self.dataset.conversations is not None and (ends := self.tokenizer.model_fields_set - {"path"}):
+            raise ValueError(
+                f"tokenizer.{min(ends)}: the chat format says what begins and ends a conversation; leave it out"
+            )
+        return self
+
     splits: dict[str, float] = Field(default_factory=dict)
     """Name → share of the documents; normalised to a sum of one. Each document is in exactly one, chosen by a keyed
     hash of its number. Default: one store, not split."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from modelyard.chat.segments import LossLane
 from modelyard.data.layout import IGNORED, lay_out
 
 if TYPE_CHECKING:  # The train step imports this module where there is no pydantic.
@@ -28,6 +29,9 @@ class Batch:
     """Int64 [rows, sequence]: from 0 in each row, or in each segment where documents are isolated."""
     cu_seqlens: Tensor
     """Int32 [rows, most segments + 1]: where attention segments begin, then `sequence`, repeated to the width."""
+    kinds: Tensor | None = None
+    """Uint8 [rows, sequence]: what each position's next token is in its conversation (`modelyard.chat.segments.lane_value`); None
+    where no row is of conversations."""
 
     @classmethod
     def empty(cls, rows: int, sequence_length: int) -> Batch:
@@ -49,12 +53,17 @@ class Batch:
             self.labels[begin:end],
             self.positions[begin:end],
             cu_seqlens[:, :width],
+            None if self.kinds is None else self.kinds[begin:end],
         )
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device; `cu_seqlens` stays on the host, where its numbers are needed."""
         return Batch(
-            self.input_ids.to(device), self.labels.to(device), self.positions.to(device), self.cu_seqlens
+            self.input_ids.to(device),
+            self.labels.to(device),
+            self.positions.to(device),
+            self.cu_seqlens,
+            None if self.kinds is None else self.kinds.to(device),
         )
 
     def __len__(self) -> int:
@@ -73,7 +82,15 @@ def assemble(
     vocab_size: int,
     isolate: bool,
     mask: bool,
+    loss_lane: LossLane = "sft",
 ) -> Batch:
     """The batch of these rows: see `modelyard.data.layout.lay_out`. Raises UserError for a token outside the vocabulary."""
-    arrays = lay_out(rows, sequence_length=sequence_length, vocab_size=vocab_size, isolate=isolate, mask=mask)
-    return Batch(*map(torch.from_numpy, arrays))
+    arrays = lay_out(
+        rows,
+        sequence_length=sequence_length,
+        vocab_size=vocab_size,
+        isolate=isolate,
+        mask=mask,
+        loss_lane=loss_lane,
+    )
+    return Batch(*(None if array is None else torch.from_numpy(array) for array in arrays))  # type: ignore[arg-type]

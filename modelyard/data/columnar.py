@@ -9,24 +9,55 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from modelyard.data.fields import Fields
 from modelyard.errors import UserError, did_you_mean
 
 Row = tuple[Any, ...]
 
 
-def check_columns(schema: pa.Schema, place: str, text: str, names: Sequence[str]) -> None:
-    """Raise UserError unless `schema` has all of `names`, and `text` holds strings."""
-    for name in names:
+def wanted_columns(schema: pa.Schema, place: str, fields: Fields) -> list[str]:
+    """The columns to read of a table. Raises UserError where one is missing, or holds what it must not."""
+    for name in fields.required():
         if name not in schema.names:
             columns = ", ".join(f"'{column}'" for column in schema.names)
             raise UserError(
                 f"{place}: no column '{name}'; it has {columns}{did_you_mean(name, schema.names)}"
             )
-    kind = schema.field(text).type
+    if fields.is_conversation:
+        _check_conversations(schema, place, fields)
+        return fields.among(schema.names)
+    kind = schema.field(fields.text).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise UserError(f"{place}: column '{text}' holds {kind}, not text")
+        raise UserError(f"{place}: column '{fields.text}' holds {kind}, not text")
+    return fields.required()
+
+
+_FREE_FORM = ("tools", "arguments", "parameters")
+"""Where any key may stand: a table gives every row the keys of all rows there, with nulls in them."""
+
+
+def _check_conversations(schema: pa.Schema, place: str, fields: Fields) -> None:
+    """Raise UserError where the table has changed tools or calls already."""
+    known = {own: name for name, own in (fields.renamed or {}).items()}
+    for name in fields.among(schema.names):
+        if name not in fields.columns and (found := _filled_in(schema.field(name).type, known.get(name, name))):
+            raise UserError(
+                f"{place}: column '{name}' holds {found} as a structure, where the table has given every call and tool the keys "
+                "of all the others, with nulls; write them as JSON text, or the data as .jsonl"
+            )
+
+
+def _filled_in(kind: pa.DataType, name: str) -> str | None:
+    """The free-form thing somewhere in a type that is a structure of fixed keys."""
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    if not pa.types.is_struct(kind):
+        return None
+    if name in _FREE_FORM and kind.num_fields:
+        return name
+    return next(filter(None, (_filled_in(field.type, field.name) for field in kind)), None)
 
 
 def rows_of(table: pa.Table | pa.RecordBatch, names: Sequence[str]) -> list[Row]:
@@ -37,15 +68,14 @@ def rows_of(table: pa.Table | pa.RecordBatch, names: Sequence[str]) -> list[Row]
 class ParquetReader:
     """One Parquet file. Row ranges asked for in rising order are read in one pass over each row group."""
 
-    def __init__(self, path: Path, text: str, names: Sequence[str]):
+    def __init__(self, path: Path, fields: Fields):
         self.path = path
-        self.names = list(names)
         try:
             # Buffered: otherwise a whole column of a row group is loaded at once, compressed.
             self._file = pq.ParquetFile(path, buffer_size=1 << 20)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path} is not a Parquet file, or a damaged one ({error})") from None
-        check_columns(self._file.schema_arrow, str(path), text, names)
+        self.names = wanted_columns(self._file.schema_arrow, str(path), fields)
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._batch: pa.RecordBatch | None = None
         self._group, self._position = -1, 0  # where the batch, or the next one, begins
@@ -87,14 +117,13 @@ class ParquetReader:
 class ArrowReader:
     """One Arrow file, stream or random-access format, memory-mapped."""
 
-    def __init__(self, path: Path, text: str, names: Sequence[str]):
-        self.names = list(names)
+    def __init__(self, path: Path, fields: Fields):
         self._bytes = path.stat().st_size
         try:
             self._table = _arrow_table(path)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path} is not an Arrow file, or a damaged one ({error})") from None
-        check_columns(self._table.schema, str(path), text, names)
+        self.names = wanted_columns(self._table.schema, str(path), fields)
 
     def groups(self) -> list[tuple[int, int]]:
         """Rows and bytes: one group, the file."""

@@ -8,10 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Encoding
 
-from modelyard.data.sources import Chunk, RecordError, Source
+from modelyard.chat.conversation import Conversation, ConversationError, Message
+from modelyard.chat.families import Family
+from modelyard.chat.format import chat_file
+from modelyard.chat.formats import Format, read_record
+from modelyard.chat.segments import Kind, trained
+from modelyard.chat.tokens import require_specials, tokenize_many, untrained_reason
+from modelyard.data.lanes import KIND_LANE, MASK_LANE
+from modelyard.data.sources import Chunk, Record, RecordError, Source
 from modelyard.data.spans import SpanError, character_mask, token_mask
 from modelyard.data.store import TOKEN_TYPES
 from modelyard.data.tokenizer import DocumentFrame, Tokenizer, replace_surrogates
+from modelyard.files import CHAT_FILE
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,33 @@ class Job:
     spans: bool
     parse_special: bool
     dtype: str
+    conversations: Conversations | None = None
+    """How records become conversations; None: they are texts."""
+
+    @property
+    def lane(self) -> str | None:
+        """Name of the lane beside the tokens, if there is one."""
+        return KIND_LANE if self.conversations else MASK_LANE if self.spans else None
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """What goes into a store's `tokenizer/`: with conversations also how they are written."""
+        files = self.tokenizer.files()
+        if self.conversations is not None:
+            files[CHAT_FILE] = chat_file(self.conversations.family)
+        return files
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """What a worker needs to write conversations."""
+
+    family: Family
+    format: Format | None
+    """Of the records; None: told by their columns."""
+    expressions: bool
+    """Whether calls inside calls are written as one expression."""
+    drop: bool
+    """Whether a record that cannot be used is left out."""
 
 
 @dataclass
@@ -36,8 +71,8 @@ class Tokenized:
     """Tokens of each kept document, [documents]."""
     tokens: np.ndarray
     """[sum of lengths]"""
-    mask: np.ndarray | None
-    """Loss mask, [sum of lengths]; None without spans."""
+    lane: np.ndarray | None
+    """Values of the job's lane, uint8 [sum of lengths]; None where it has none."""
     columns: list[tuple[str | None, ...]]
     """Per kept document."""
     empty: int = 0
@@ -45,8 +80,26 @@ class Tokenized:
     """Documents with lone surrogates, which became U+FFFD."""
     unreadable: int = 0
     """Source files that are not UTF-8."""
+    unusable: int = 0
+    """Conversations that were left out because they cannot be used."""
+    trained: int = 0
+    """Tokens of conversations that are trained on."""
+    answers: int = 0
+    """Messages of conversations that are trained on; each ends in a trained terminator."""
+    doubled: int = 0
+    """Texts with spans that begin with the begin token twice."""
+    ends_masked: int = 0
+    """Texts with spans whose end is not trained on."""
+    calls_masked: int = 0
+    """Texts with spans that train on something, but not on the calls of tools in them."""
     problem: tuple[int, str] | None = None
     """Number within the chunk, and reason, of the first record that cannot be used; then nothing else is filled."""
+
+
+COUNTED = (
+    "empty", "repaired", "unreadable", "unusable", "trained", "answers", "doubled", "ends_masked", "calls_masked",
+)  # fmt: skip
+"""What of `Tokenized` adds up from chunk to chunk."""
 
 
 def tokenize_chunk(job: Job, chunk: Chunk) -> Tokenized:
@@ -55,6 +108,8 @@ def tokenize_chunk(job: Job, chunk: Chunk) -> Tokenized:
         records = job.source.read(chunk)
     except RecordError as error:
         return _failed(error.index, error.reason)
+    if job.conversations is not None:
+        return _tokenize_conversations(job, job.conversations, records)
     kept = [(index, record) for index, record in enumerate(records) if record is not None]
     result = Tokenized(len(records), *_nothing(job), columns=[], unreadable=len(records) - len(kept))
     texts = []
@@ -84,17 +139,88 @@ def tokenize_chunk(job: Job, chunk: Chunk) -> Tokenized:
             except SpanError as error:
                 return _failed(index, str(error))
             # The begin token shares the fate of the first character, the end token that of the last.
-            masks += [characters[:1]] * len(before)
-            masks += [token_mask(characters, encoding.offsets)]
-            masks += [characters[-1:]] * len(after)
+            mask = token_mask(characters, encoding.offsets)
+            masks += [characters[:1]] * len(before) + [mask] + [characters[-1:]] * len(after)
+            _look_for_pitfalls(result, job.tokenizer, ids, mask)
         pieces += [np.array(before, np.uint32), ids, np.array(after, np.uint32)]
         lengths.append(len(before) + len(ids) + len(after))
         result.columns.append(record.columns)
     if pieces:
         result.lengths = np.array(lengths, np.int64)
         result.tokens = np.concatenate(pieces, dtype=TOKEN_TYPES[job.dtype], casting="unsafe")
-        result.mask = np.concatenate(masks).astype(np.uint8) if job.spans else None
+        result.lane = np.concatenate(masks).astype(np.uint8) if job.spans else None
     return result
+
+
+def _tokenize_conversations(
+    job: Job, conversations: Conversations, records: Sequence[Record | None]
+) -> Tokenized:
+    result = Tokenized(len(records), *_nothing(job), columns=[])
+    rendered, numbers, problems = [], [], []
+    for number, record in enumerate(records):
+        if record is None or record.conversation is None:
+            result.empty += 1  # an empty line
+            continue
+        try:
+            conversation = read_record(record.conversation, conversations.format)
+            segments = conversations.family.render(conversation)
+            require_specials(segments, job.tokenizer)
+            rendered.append(segments)
+            numbers.append(number)
+        except ConversationError as error:
+            problems.append((number, str(error)))
+    kept = []
+    for number, found in zip(numbers, tokenize_many(rendered, job.tokenizer), strict=True):
+        if reason := untrained_reason(found):
+            problems.append((number, reason))
+        else:
+            kept.append((number, found))
+    if problems and not conversations.drop:
+        return _failed(*_in_one(sorted(problems)))
+    result.unusable = len(problems)
+    if kept:
+        result.lengths = np.array([len(found.ids) for _, found in kept], np.int64)
+        result.tokens = np.concatenate([found.ids for _, found in kept], dtype=TOKEN_TYPES[job.dtype], casting="unsafe")
+        result.lane = np.concatenate([found.kinds for _, found in kept])
+        result.columns = [record.columns for number, _ in kept if (record := records[number]) is not None]
+        in_loss = trained(result.lane)
+        result.trained = int(np.count_nonzero(in_loss))
+        result.answers = int(np.count_nonzero(in_loss & (result.lane & 7 == Kind.TERMINATOR)))
+    return result
+
+
+_MOST_NAMED = 5
+
+
+def _in_one(problems: Sequence[tuple[int, str]]) -> tuple[int, str]:
+    """The first of the problems of a chunk, with a word on the others."""
+    (first, reason), others = problems[0], [number for number, _ in problems[1:]]
+    if others:
+        # Records are numbered from the first of the file; here only how far on they are is known.
+        named = ", ".join(f"+{number - first}" for number in others[:_MOST_NAMED])
+        more = f" and {len(others) - _MOST_NAMED} more" if len(others) > _MOST_NAMED else ""
+        reason += f"; cannot be used either: the records {named}{more} from there"
+    return first, f"{reason} (dataset.conversations.unusable: drop leaves such records out)"
+
+
+def _look_for_pitfalls(result: Tokenized, tokenizer: Tokenizer, ids: np.ndarray, mask: np.ndarray) -> None:
+    """What scripts that write chats as texts with spans get wrong, counted."""
+    bos = tokenizer.bos
+    result.doubled += bool(bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos.id)
+    result.ends_masked += bool(mask[-1])
+    calls = np.isin(ids, [tokenizer.backend.token_to_id(name) or -1 for name in _CALL_TOKENS])
+    result.calls_masked += bool((calls & (mask != 0)).any() and not mask.all())
+
+
+_CALL_TOKENS = ("<|python_tag|>", "<|eom_id|>")
+"""Stand in an assistant's call of a tool and nowhere else."""
+
+
+def frame_of(family: Family, tokenizer: Tokenizer) -> DocumentFrame:
+    """What stands around a conversation; nothing is put there, the chat format has it already."""
+    first = family.render(Conversation((Message("user", "?"), Message("assistant", "!"))))[0]
+    bos = tokenizer.special_token(first.text, "begin token") if first.kind == Kind.BEGIN else None
+    return DocumentFrame(bos, None)
 
 
 def missing_ends(ids: Sequence[int] | np.ndarray, frame: DocumentFrame) -> tuple[list[int], list[int]]:
@@ -112,7 +238,7 @@ def missing_ends(ids: Sequence[int] | np.ndarray, frame: DocumentFrame) -> tuple
 
 def _nothing(job: Job) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     tokens = np.zeros(0, TOKEN_TYPES[job.dtype])
-    return np.zeros(0, np.int64), tokens, np.zeros(0, np.uint8) if job.spans else None
+    return np.zeros(0, np.int64), tokens, np.zeros(0, np.uint8) if job.lane else None
 
 
 def _failed(index: int, reason: str) -> Tokenized:

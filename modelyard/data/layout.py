@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from modelyard.data.store import MASK_LANE
+from modelyard.chat.segments import LossLane
+from modelyard.data.lanes import KIND_LANE, NO_KIND, has_kinds, not_targets
 from modelyard.errors import UserError
 
 if TYPE_CHECKING:  # The train step imports this module where there is no pydantic.
@@ -31,6 +32,8 @@ class Layout(NamedTuple):
     """Int64 [rows, sequence]."""
     cu_seqlens: np.ndarray
     """Int32 [rows, most segments + 1]."""
+    kinds: np.ndarray | None
+    """Uint8 [rows, sequence]; None where no row is of conversations."""
 
 
 def lay_out(
@@ -40,11 +43,13 @@ def lay_out(
     vocab_size: int,
     isolate: bool,
     mask: bool,
+    loss_lane: LossLane = "sft",
 ) -> Layout:
     """Read the pieces of each row and lay out inputs, labels, positions and segments.
 
     A row is up to `sequence_length + 1` tokens; what is missing is padding. A position has a target when the next token
-    belongs to the row, is not masked (`mask`), and, with `isolate`, belongs to the same document.
+    belongs to the row, is trained on (a conversation's by `loss_lane`, other documents' by their spans with `mask`), and, with
+    `isolate`, belongs to the same document.
 
     Segments: with `isolate` one for each piece, else one for all documents; padding is always its own.
 
@@ -56,6 +61,9 @@ def lay_out(
     # untrained[r, p]: token p of row r is no target. The first token of a row is none in any case.
     untrained = np.zeros((count, sequence_length + 1), dtype=bool)
     segments = []
+    kinds = None
+    if any(has_kinds(dataset) for dataset, _ in rows):
+        kinds = np.full((count, sequence_length + 1), NO_KIND, dtype=np.uint8)
     for number, (dataset, pieces) in enumerate(rows):
         starts = []
         at = 0
@@ -63,8 +71,13 @@ def lay_out(
             after = at + end - begin
             tokens[number, at:after] = dataset.document(document, begin, end)
             # A document of a dataset without a mask is trained on whole (use_loss_masking_spans: auto).
-            if mask and (masked := dataset.lane(MASK_LANE, document, begin, end)) is not None:
+            masked = not_targets(dataset, document, begin, end, spans=mask, lane=loss_lane)
+            if masked is not None:
                 untrained[number, at:after] = masked
+            if kinds is not None and (lane := dataset.lane(KIND_LANE, document, begin, end)) is not None:
+                kinds[number, at:after] = lane
+            if begin:  # The row with what stands before it has had it as a target.
+                untrained[number, at] = True
             starts.append(at)
             at = after
         untrained[number, at:] = True
@@ -88,7 +101,8 @@ def lay_out(
             positions[number] -= np.repeat(boundaries, sizes)
     labels = np.where(untrained[:, 1:], IGNORED, tokens[:, 1:])
     inputs = np.ascontiguousarray(tokens[:, :-1])
-    return Layout(inputs, labels, positions, cu_seqlens)
+    of_targets = None if kinds is None else np.ascontiguousarray(kinds[:, 1:])
+    return Layout(inputs, labels, positions, cu_seqlens, of_targets)
 
 
 def _outside_vocabulary(rows: Sequence[tuple[IndexedDataset, Sequence[Piece]]], vocab_size: int) -> str:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import zstandard
 
-from modelyard.data.documents import Tokenized
+from modelyard.data.documents import COUNTED, Tokenized
 from modelyard.data.manifest import TOKEN_TYPES
 from modelyard.data.sources import Chunk, Source
 from modelyard.files import sync
@@ -324,16 +324,14 @@ def _packed(chunk: Chunk, result: Tokenized) -> bytes:
         "records": result.records,
         "documents": len(result.lengths),
         "tokens": len(result.tokens),
-        "empty": result.empty,
-        "repaired": result.repaired,
-        "unreadable": result.unreadable,
-        "mask": result.mask is not None,
+        **{name: getattr(result, name) for name in COUNTED},
+        "lane": result.lane is not None,
         "rows": bool(rows),
     }
     head = json.dumps(facts).encode()
-    mask = b"" if result.mask is None else result.mask.tobytes()
+    lane = b"" if result.lane is None else result.lane.tobytes()
     lengths = result.lengths.astype("<i8").tobytes()
-    return b"".join([_FACTS.pack(len(head)), head, lengths, result.tokens.tobytes(), mask, rows])
+    return b"".join([_FACTS.pack(len(head)), head, lengths, result.tokens.tobytes(), lane, rows])
 
 
 def _facts(body: bytes) -> tuple[dict[str, Any], int]:
@@ -349,14 +347,14 @@ def _unpacked(body: bytes, dtype: np.dtype) -> Frame:
     position += lengths.nbytes
     tokens = np.frombuffer(body, dtype, facts["tokens"], position)
     position += tokens.nbytes
-    mask = np.frombuffer(body, np.uint8, facts["tokens"], position) if facts["mask"] else None
-    position += 0 if mask is None else mask.nbytes
+    lane = np.frombuffer(body, np.uint8, facts["tokens"], position) if facts["lane"] else None
+    position += 0 if lane is None else lane.nbytes
     columns: list[tuple[str | None, ...]] = [()] * facts["documents"]
     if facts["rows"]:
         columns = [tuple(row) for row in json.loads(zstandard.decompress(body[position:]))]
-    counted = {name: facts[name] for name in ("empty", "repaired", "unreadable")}
+    counted = {name: facts[name] for name in COUNTED}
     return Frame(
-        facts["file"], facts["weight"], Tokenized(facts["records"], lengths, tokens, mask, columns, **counted)
+        facts["file"], facts["weight"], Tokenized(facts["records"], lengths, tokens, lane, columns, **counted)
     )
 
 

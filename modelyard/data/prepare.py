@@ -15,16 +15,19 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import tokenizers
 import yaml
 
 from modelyard.config.disk import size
-from modelyard.config.prepare import PrepareConfig
+from modelyard.chat.format import family_from
+from modelyard.chat.formats import FORMATS, Format
+from modelyard.chat.template import Template
+from modelyard.config.prepare import ConversationsConfig, PrepareConfig
 from modelyard.data import sources
 from modelyard.data.assemble import Assembly, Work, make_parts
-from modelyard.data.documents import Job
+from modelyard.data.documents import Conversations, Job, frame_of
 from modelyard.data.output import (
     Output,
     existing_record,
@@ -56,7 +59,7 @@ from modelyard.data.tokenizer import (
     load_tokenizer,
     separator_notice,
 )
-from modelyard.errors import UserError
+from modelyard.errors import UserError, did_you_mean
 from modelyard.parallel.rank import wait_for_the_main_process
 
 COMPRESSED_GROWTH = 3.5
@@ -160,7 +163,7 @@ def prepare(
 def _job(config: PrepareConfig, rank: Rank, report: Callable[[str], None]) -> tuple[Job, int]:
     """What is to be tokenised with what, and by how many worker processes of this one; says what is worth a note."""
     notices: list[str] = []
-    tokenizer, frame, source = _open(config, notices)
+    tokenizer, frame, source, conversations = _open(config, notices)
     workers = _workers(config, rank, notices)
     job = Job(
         source,
@@ -169,6 +172,7 @@ def _job(config: PrepareConfig, rank: Rank, report: Callable[[str], None]) -> tu
         spans=config.dataset.spans_column is not None,
         parse_special=config.dataset.parse_special_tokens,
         dtype=config.dataset.data_type or token_type(tokenizer.vocab_size),
+        conversations=conversations,
     )
     if not rank.number:  # the others have the same to say
         for notice in notices:
@@ -251,9 +255,13 @@ def _say_what_is_there(output: Output, report: Callable[[str], None]) -> None:
         report(f"going on where an earlier start was stopped: {how_far} are there already")
 
 
-def _open(config: PrepareConfig, notices: list[str]) -> tuple[Tokenizer, DocumentFrame, Source]:
-    """The tokenizer, what stands around documents, and the source; the problems of all of them at once."""
+def _open(
+    config: PrepareConfig, notices: list[str]
+) -> tuple[Tokenizer, DocumentFrame, Source, Conversations | None]:
+    """The tokenizer, what stands around documents, the source, and how conversations are written; the problems of all of
+    them at once."""
     problems: list[str] = []
+    conversations = None
     try:
         try:
             tokenizer = load_tokenizer(config.tokenizer.path)
@@ -261,7 +269,11 @@ def _open(config: PrepareConfig, notices: list[str]) -> tuple[Tokenizer, Documen
             raise UserError(
                 *(f"tokenizer.path: {line.removeprefix('tokenizer: ')}" for line in error.problems)
             ) from None
-        frame = document_frame(tokenizer, **config.tokenizer.model_dump(exclude={"path"}))
+        if config.dataset.conversations is None:
+            frame = document_frame(tokenizer, **config.tokenizer.model_dump(exclude={"path"}))
+        else:
+            conversations = _conversations(config.dataset.conversations, tokenizer, notices)
+            frame = frame_of(conversations.family, tokenizer)
     except UserError as error:
         problems += error.problems
     try:
@@ -272,7 +284,27 @@ def _open(config: PrepareConfig, notices: list[str]) -> tuple[Tokenizer, Documen
         raise UserError(*problems)
     if notice := separator_notice(tokenizer, frame):
         notices.append(notice)
-    return tokenizer, frame, source
+    return tokenizer, frame, source, conversations
+
+
+def _conversations(
+    config: ConversationsConfig, tokenizer: Tokenizer, notices: list[str]
+) -> Conversations:
+    """How records become conversations. Raises UserError."""
+    if config.format != "auto" and config.format not in FORMATS:
+        hint = did_you_mean(config.format, FORMATS)
+        raise UserError(f"dataset.conversations.format: there is no '{config.format}'; there are auto, {', '.join(FORMATS)}{hint}")
+    asked = config.model_fields_set & {"date", "knowledge_date", "tools_in_user_message", "builtin_tools"}
+    settings = {name: getattr(config, name) for name in asked}
+    try:
+        family = family_from({"family": config.family, "default_system": config.system, **settings}, tokenizer)
+    except UserError as error:
+        raise UserError(*(f"dataset.conversations: {line}" for line in error.problems)) from None
+    if config.family == "auto":
+        how = "this tokenizer's own chat template" if isinstance(family, Template) else f"the format {family.name}"
+        notices.append(f"conversations are written in {how} (dataset.conversations.family: auto)")
+    format = None if config.format == "auto" else cast(Format, config.format)
+    return Conversations(family, format, config.nested == "expression", config.unusable == "drop")
 
 
 def run_prepare(config: PrepareConfig, *, overwrite: bool = False) -> int:
@@ -337,6 +369,11 @@ def _summary_lines(summary: dict[str, Any], counts: Counts, tokens: int, seconds
     lines = [
         f"prepared {counts.documents:,} documents, {counts.tokens:,} tokens in {duration(seconds)} ({speed:,.0f} tokens/s)"
     ]
+    if counts.answers:
+        lines.append(
+            f"{counts.answers:,} answers are trained on, {counts.trained / counts.tokens:.1%} of the tokens; every one of them "
+            "ends in a trained token that ends it"
+        )
     if counts.remarks():
         lines.append("; ".join(counts.remarks()))
     for facts in summary["splits"].values():
@@ -349,7 +386,7 @@ def _dataset_file(config: PrepareConfig, name: str) -> str:
 
 
 def _check_disk(config: PrepareConfig, job: Job) -> None:
-    width = TOKEN_TYPES[job.dtype].itemsize + job.spans
+    width = TOKEN_TYPES[job.dtype].itemsize + (job.lane is not None)
     needed = _text_bytes(job.source) / CHARACTERS_PER_TOKEN * width
     place = config.output_path.absolute()
     while not place.exists():

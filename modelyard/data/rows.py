@@ -7,7 +7,7 @@ the last token of a row is only ever a target. Two ways to fill them:
   token that is a target in the first and an input in the second. The rows that begin in one block are then shuffled, so
   that a batch is not one long document.
 - `WholeRows`: best-fit packing of whole documents inside each block of the order, with padding; documents that are
-  longer than a row are left out and counted.
+  longer than a row are left out and counted, or spread over several rows (`split`).
 """
 
 from __future__ import annotations
@@ -133,7 +133,11 @@ class Rows(ABC, Generic[BlockT]):
             order.shuffle,
             order.passes,
             self.sequence_length,
+            *self._more_identity(),
         )
+
+    def _more_identity(self) -> tuple[int | str, ...]:
+        return ()
 
     def _block(self, block: int) -> BlockT:
         found = self._blocks.get(block)
@@ -266,9 +270,11 @@ class _Packing:
     """A block of documents in rows."""
 
     documents: np.ndarray
-    """Int64 [documents]."""
+    """Int64 [pieces]."""
+    begins: np.ndarray
+    """First token of each piece in its document, int64 [pieces]: 0 but where documents are split."""
     lengths: np.ndarray
-    """Int64 [documents]."""
+    """Int64 [pieces]."""
     packed: Packed
 
     @property
@@ -279,18 +285,22 @@ class _Packing:
 class WholeRows(Rows[_Packing]):
     """Rows of whole documents (`truncate_documents: no`)."""
 
-    def __init__(self, dataset: IndexedDataset, order: DocumentOrder, sequence_length: int):
-        super().__init__(dataset, order, sequence_length)
+    def __init__(
+        self, dataset: IndexedDataset, order: DocumentOrder, sequence_length: int, *, split: bool = False
+    ):
+        self._split = split
         self._packed: dict[int, _Counts] = {}
+        super().__init__(dataset, order, sequence_length)
 
     def row(self, index: int) -> list[Piece]:
-        """Whole documents, in the order of the block."""
+        """Whole documents (or parts of those that are too long), in the order of the block."""
         block = self._find(index)
         packing = self._block_to_read(block)
         row = index - self.table.first[block]
         members = packing.packed.members[packing.packed.bounds[row] : packing.packed.bounds[row + 1]]
-        documents, lengths = packing.documents[members].tolist(), packing.lengths[members].tolist()
-        return [Piece(document, 0, length) for document, length in zip(documents, lengths)]
+        columns = (packing.documents, packing.begins, packing.lengths)
+        found = zip(*(column[members].tolist() for column in columns))
+        return [Piece(document, begin, begin + length) for document, begin, length in found]
 
     def one_pass(self) -> Iterator[list[Piece]]:
         """The packed rows of the first epoch's blocks."""
@@ -318,6 +328,9 @@ class WholeRows(Rows[_Packing]):
             "fill": seen.tokens / (max(seen.rows, 1) * (self.sequence_length + 1)),
         }
 
+    def _more_identity(self) -> tuple[int | str, ...]:
+        return ("split",) if self._split else ()
+
     def _find(self, row: int) -> int:
         try:
             return self.table.find(row)
@@ -333,10 +346,52 @@ class WholeRows(Rows[_Packing]):
 
     def _build(self, block: int) -> _Packing:
         documents, lengths = self._documents(block)
+        count, longest, begins = len(documents), int(lengths.max(initial=0)), np.zeros_like(lengths)
+        if self._split:
+            numbers, begins, lengths = stretches(lengths, self.sequence_length)
+            documents = documents[numbers]
         packed = pack_best_fit(lengths, self.sequence_length + 1, self.order.row_key(block))
         if block < self.order.blocks_per_cycle:
             tokens = int(lengths[packed.members].sum())
-            self._packed[block] = _Counts(
-                len(documents), packed.rows, tokens, packed.over_long, packed.longest
-            )
-        return _Packing(documents, lengths, packed)
+            self._packed[block] = _Counts(count, packed.rows, tokens, packed.over_long, longest)
+        return _Packing(documents, begins, lengths, packed)
+
+
+def stretches(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Documents of these lengths cut where they are longer than a row: stretches of `sequence_length + 1` tokens that overlap
+    by one, which is a target in the first and an input in the second.
+
+    Returns:
+        Number of its document, first token in it, and tokens of each stretch: int64 [stretches] each.
+    """
+    counts = np.maximum(-(-(lengths - 1) // sequence_length), 1)
+    numbers = np.repeat(np.arange(len(lengths)), counts)
+    begins = (np.arange(len(numbers)) - np.repeat(np.cumsum(counts) - counts, counts)) * sequence_length
+    return numbers, begins, np.minimum(lengths[numbers] - begins, sequence_length + 1)
+
+
+_LISTED = 5
+"""Of the documents that are too long, how many are named."""
+_READ_AT_ONCE = 1 << 20
+
+
+def refuse_overlong(dataset: IndexedDataset, capacity: int) -> None:
+    """Raise UserError where documents are longer than `capacity` tokens; it names the longest."""
+    count = 0
+    longest: list[tuple[int, int]] = []
+    for begin in range(0, dataset.num_documents, _READ_AT_ONCE):
+        lengths = dataset.lengths(begin, min(begin + _READ_AT_ONCE, dataset.num_documents))
+        over = np.flatnonzero(lengths > capacity)
+        count += len(over)
+        found = [(int(lengths[number]), begin + int(number)) for number in over]
+        longest = sorted(longest + found, key=lambda entry: (-entry[0], entry[1]))[:_LISTED]
+    if not count:
+        return
+    listed = ", ".join(f"{dataset.where(number)} ({length:,} tokens)" for length, number in longest)
+    more = f" and {count - len(longest):,} more" if count > len(longest) else ""
+    share = f"{count:,} of {dataset.num_documents:,} documents"
+    raise UserError(
+        f"{share} are longer than a row of sequence_length + 1 = {capacity:,} tokens: {listed}{more}; raise "
+        f"batch.sequence_length to {longest[0][0] - 1:,}, or say what becomes of them: batch.overlong: drop | split"
+    )
+

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, Protocol
 
 from modelyard.config.prepare import PrepareDatasetConfig
 from modelyard.data.bytestream import ByteStream
-from modelyard.data.columnar import ArrowReader, ParquetReader, check_columns, rows_of
+from modelyard.data.columnar import ArrowReader, ParquetReader, rows_of, wanted_columns
+from modelyard.data.fields import Fields, without_filled_in
 from modelyard.data.files import SourceFile, find_files
 from modelyard.data.licenses import header_license
 from modelyard.data.tokenizer import first_line, looks_like_path
@@ -38,23 +39,14 @@ PARAGRAPH_ENDS = (b"\n\n", b"\n\r\n")
 SOURCE_COLUMNS = ("path", "license")
 
 
-class Fields(NamedTuple):
-    """Which columns of a record are wanted."""
-
-    text: str
-    spans: str | None
-    columns: tuple[str, ...]
-
-    def names(self) -> list[str]:
-        return [self.text, *([self.spans] if self.spans else []), *self.columns]
-
-
 class Record(NamedTuple):
     """One document as it was found."""
 
     text: str
     spans: Any = None
     columns: tuple[str | None, ...] = ()
+    conversation: dict[str, Any] | None = None
+    """Instead of a text: the record's values, under the names that `modelyard.chat.formats` knows."""
 
 
 class RecordError(Exception):
@@ -142,7 +134,8 @@ def open_source(config: PrepareDatasetConfig, notices: list[str]) -> Source:
     columns = tuple(
         config.columns if config.columns is not None else SOURCE_COLUMNS if is_folder_of_sources else ()
     )
-    fields = Fields(config.text_column, config.spans_column, columns)
+    renamed = None if config.conversations is None else {str(k): v for k, v in config.conversations.columns.items()}
+    fields = Fields(config.text_column, config.spans_column, columns, renamed)
     if is_folder_of_sources and (unknown := set(columns) - set(SOURCE_COLUMNS)):
         raise UserError(f"dataset.columns {sorted(unknown)}: source files have {', '.join(SOURCE_COLUMNS)}")
     if Path(config.path).expanduser().exists() or looks_like_path(config.path):
@@ -159,8 +152,11 @@ class LocalSource:
         self.sample_by = config.sample_by
         *self._starts, self.total = itertools.accumulate((file.size for file in files), initial=0)
         self.part_weight = PART_CHUNKS * CHUNK_BYTES
-        if any(file.kind == "text" for file in files) and (fields.spans or fields.columns):
-            raise UserError(f"{config.path}: .txt files have no columns, so no {fields.names()[1]}")
+        if any(file.kind == "text" for file in files):
+            if fields.is_conversation:
+                raise UserError(f"{config.path}: .txt files have no columns, so no conversations")
+            if fields.spans or fields.columns:
+                raise UserError(f"{config.path}: .txt files have no columns, so no {fields.required()[1]}")
         self._open: tuple[int, ArrowReader | ParquetReader] | None = None  # the file this process read last
 
     def chunks(self, needed: Needed = everything) -> Iterator[Chunk]:
@@ -199,8 +195,9 @@ class LocalSource:
         if self._is_whole(file):
             return [self._whole(self.files[i]) for i in range(chunk.begin, chunk.end)]
         if file.kind in ("parquet", "arrow"):
-            rows = self._reader(chunk.file).rows(chunk.group, chunk.begin, chunk.end)
-            return [_columnar_record(row, index, self.fields) for index, row in enumerate(rows)]
+            reader = self._reader(chunk.file)
+            rows = reader.rows(chunk.group, chunk.begin, chunk.end)
+            return [_columnar_record(reader.names, row, index, self.fields) for index, row in enumerate(rows)]
         data = self._data(chunk)
         if file.kind == "jsonl":
             return _json_records(data, self.fields)
@@ -293,7 +290,7 @@ class LocalSource:
         if self._open is None or self._open[0] != position:
             file = self.files[position]
             reader = ParquetReader if file.kind == "parquet" else ArrowReader
-            self._open = (position, reader(file.path, self.fields.text, self.fields.names()))
+            self._open = (position, reader(file.path, self.fields))
         return self._open[1]
 
     def _streamed_chunks(self, position: int) -> Iterator[Chunk]:
@@ -327,8 +324,8 @@ class HubSource:
         self.name = config.path
         self.fields = fields
         self._data = _load_hub_dataset(config)
-        check_columns(self._data.features.arrow_schema, config.path, fields.text, fields.names())
-        self._data = self._data.select_columns(list(dict.fromkeys(fields.names()))).with_format("arrow")
+        self._names = wanted_columns(self._data.features.arrow_schema, config.path, fields)
+        self._data = self._data.select_columns(list(dict.fromkeys(self._names))).with_format("arrow")
         self.total = len(self._data)
         self._step = max(1, min(10_000, self.total * CHUNK_BYTES // max(self._data.data.nbytes, 1)))
         self.part_weight = PART_CHUNKS * self._step
@@ -342,8 +339,8 @@ class HubSource:
         return chunk.end - chunk.begin
 
     def read(self, chunk: Chunk) -> Sequence[Record | None]:
-        rows = rows_of(self._data[chunk.begin : chunk.end], self.fields.names())
-        return [_columnar_record(row, index, self.fields) for index, row in enumerate(rows)]
+        rows = rows_of(self._data[chunk.begin : chunk.end], self._names)
+        return [_columnar_record(self._names, row, index, self.fields) for index, row in enumerate(rows)]
 
     def place(self, chunk: Chunk) -> str:
         return f"dataset {self.name}"
@@ -381,13 +378,18 @@ def _load_hub_dataset(config: PrepareDatasetConfig) -> Any:
         ) from None
 
 
-def _columnar_record(row: tuple[Any, ...], index: int, fields: Fields) -> Record:
-    values = dict(zip(fields.names(), row, strict=True))
+def _columnar_record(names: Sequence[str], row: tuple[Any, ...], index: int, fields: Fields) -> Record:
+    values = dict(zip(names, row, strict=True))
+    if fields.is_conversation:
+        values = {name: without_filled_in(value) for name, value in values.items() if value is not None}
     return _record(values, index, fields)
 
 
 def _record(values: dict[str, Any], index: int, fields: Fields) -> Record:
-    for name in fields.names():
+    if fields.is_conversation:
+        kept = tuple(_as_text(values.get(name)) for name in fields.columns)
+        return Record("", None, kept, fields.as_known(values))
+    for name in fields.required():
         if name not in values:
             available = ", ".join(f"'{key}'" for key in list(values)[:20]) or "nothing"
             hint = did_you_mean(name, values)

@@ -36,9 +36,6 @@ from modelyard.data.reading import FileArray
 from modelyard.errors import UserError
 from modelyard.files import sha256, sync
 
-MASK_LANE = "loss_mask"
-"""Lane of uint8: 1 where a token must not be a target."""
-
 _CACHED_BLOCKS = 640
 """Stretches of the index kept by a store, 2 KB each: those of two blocks of the shuffled order."""
 

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from modelyard.chat.format import settings_of
 from modelyard.config.prepare import PrepareConfig
 from modelyard.data.columns import ColumnWriter, column_writer
-from modelyard.data.documents import Job, Tokenized
+from modelyard.data.documents import COUNTED, Job, Tokenized
 from modelyard.data.output import JOURNAL, Output
 from modelyard.data.progress import Amount
 from modelyard.data.splits import deal
-from modelyard.data.store import MASK_LANE, StoreWriter
+from modelyard.data.store import StoreWriter
 from modelyard.data.tokenizer import SpecialToken
 from modelyard.data.workers import available_cores
 from modelyard.errors import UserError
@@ -38,20 +39,29 @@ class Counts:
     empty: int = 0
     repaired: int = 0
     unreadable: int = 0
+    unusable: int = 0
+    trained: int = 0
+    answers: int = 0
+    doubled: int = 0
+    ends_masked: int = 0
+    calls_masked: int = 0
 
     def add(self, result: Tokenized) -> None:
         self.documents += len(result.lengths)
         self.tokens += len(result.tokens)
-        self.empty += result.empty
-        self.repaired += result.repaired
-        self.unreadable += result.unreadable
+        for name in COUNTED:
+            setattr(self, name, getattr(self, name) + getattr(result, name))
 
     def remarks(self) -> list[str]:
-        """A phrase for each kind of document that was not stored as it was found."""
+        """A phrase for each kind of document that was not stored as it was found, or that may not be what was meant."""
         kinds = {
             "empty documents left out": self.empty,
             "files left out that are not UTF-8": self.unreadable,
             "documents with lone surrogates (now U+FFFD)": self.repaired,
+            "conversations left out that cannot be used": self.unusable,
+            "texts begin with the begin token twice": self.doubled,
+            "texts whose end is masked (a conversation that ends on a user's turn?)": self.ends_masked,
+            "texts with tool calls that are masked, though other turns are trained on": self.calls_masked,
         }
         return [f"{count:,} {kind}" for kind, count in kinds.items() if count]
 
@@ -126,7 +136,7 @@ class Stores:
         self._file = file
         choice = deal(self.counts.documents, len(result.lengths), self._shares, self._config.seed)
         for split, (writer, columns) in enumerate(self._writers.values()):
-            _store(writer, columns, result, choice == split)
+            _store(writer, columns, result, choice == split, self._job.lane)
         self.counts.add(result)
         self._done += weight
         self.chunk += 1
@@ -183,15 +193,17 @@ class Stores:
         }
 
 
-def _store(writer: StoreWriter, columns: ColumnWriter | None, result: Tokenized, chosen: np.ndarray) -> None:
+def _store(
+    writer: StoreWriter, columns: ColumnWriter | None, result: Tokenized, chosen: np.ndarray, name: str | None
+) -> None:
     """Add the chosen documents of one chunk to one split's store."""
     if chosen.all():
-        lengths, tokens, mask = result.lengths, result.tokens, result.mask
+        lengths, tokens, lane = result.lengths, result.tokens, result.lane
     else:
         of_token = np.repeat(chosen, result.lengths)
         lengths, tokens = result.lengths[chosen], result.tokens[of_token]
-        mask = None if result.mask is None else result.mask[of_token]
-    writer.extend(lengths, tokens, None if mask is None else {MASK_LANE: mask})
+        lane = None if result.lane is None else result.lane[of_token]
+    writer.extend(lengths, tokens, None if lane is None or name is None else {name: lane})
     if columns is not None:
         columns.add([result.columns[i] for i in np.flatnonzero(chosen)])
 
@@ -204,10 +216,11 @@ def _store_writer(config: PrepareConfig, job: Job, path: Path, saved: dict[str, 
         path,
         vocab_size=job.tokenizer.vocab_size,
         dtype=job.dtype,
-        lanes={MASK_LANE: "uint8"} if job.spans else {},
+        lanes={job.lane: "uint8"} if job.lane else {},
         tokens_per_shard=config.tokens_per_shard,
-        tokenizer_files=job.tokenizer.files(),
+        tokenizer_files=job.tokenizer_files(),
         description={
+            **({"chat": settings_of(job.conversations.family)} if job.conversations else {}),
             "tokenizer": {
                 "fingerprint": job.tokenizer.fingerprint,
                 "bos": token(job.frame.bos),

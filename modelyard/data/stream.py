@@ -11,14 +11,15 @@ from threading import Event, Lock, Thread
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from modelyard.chat.segments import LossLane
 from modelyard.config.data import BlendedDataset, DatasetConfig, SampledDataset, SamplingConfig
 from modelyard.data.blend import Blend
 from modelyard.data.datasets import IndexedDataset, foreign_documents, open_dataset
 from modelyard.data.layout import Layout, lay_out
 from modelyard.data.order import DocumentOrder, derive_key
 from modelyard.data.resolve import resolve
-from modelyard.data.rows import CutRows, Piece, Rows, WholeRows
-from modelyard.data.store import MASK_LANE
+from modelyard.data.rows import CutRows, Piece, Rows, WholeRows, refuse_overlong
+from modelyard.data.lanes import MASK_LANE, has_kinds
 from modelyard.errors import UserError
 from modelyard.files import CHECKSUM_LIMIT
 
@@ -44,6 +45,10 @@ class BatchShape(Protocol):
     def cross_document_attention(self) -> bool: ...
     @property
     def use_loss_masking_spans(self) -> bool | Literal["auto"]: ...
+    @property
+    def loss_lane(self) -> LossLane: ...
+    @property
+    def overlong(self) -> Literal["auto", "error", "drop", "split"]: ...
 
 
 class DataStream:
@@ -89,12 +94,14 @@ class DataStream:
         if problems or tree is None:
             raise UserError(*problems)
         self._tree = tree
-        identity = [
+        identity: list[Any] = [
             tree.identity(),
             batch.cross_document_attention,
             batch.use_loss_masking_spans,
             [leaf.rows.fingerprint for leaf in self._leaves],
         ]
+        if any(map(has_kinds, self.datasets)):
+            identity.append(batch.loss_lane)
         self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
         """Changes with anything that changes a row: content, sampling, blend, row length, packing, masks."""
 
@@ -136,6 +143,7 @@ class DataStream:
             "vocab_size": self.vocab_size,
             "isolate": not self._batch.cross_document_attention,
             "mask": bool(self._batch.use_loss_masking_spans),
+            "loss_lane": self._batch.loss_lane,
         }
 
     @property
@@ -197,6 +205,11 @@ class DataStream:
                     f"and left out (the longest: {facts['longest_document']:,} tokens)"
                 )
             lines.append(line)
+        if self._batch.cross_document_attention and any(map(has_kinds, self.datasets)):
+            lines.append(
+                f"warning: {self.name}: the conversations of a row see one another; batch.cross_document_attention: no keeps "
+                "them apart"
+            )
         return lines
 
     def state_dict(self) -> dict[str, list[int]]:
@@ -241,7 +254,8 @@ class DataStream:
     ) -> _Leaf:
         length = self._batch.sequence_length
         dataset = open_dataset(config, vocab_size=self.vocab_size, sequence_length=length, seed=sampling.seed)
-        if self._batch.use_loss_masking_spans is True and MASK_LANE not in dataset.lanes:
+        conversations = has_kinds(dataset)
+        if self._batch.use_loss_masking_spans is True and MASK_LANE not in dataset.lanes and not conversations:
             raise UserError(
                 f"{dataset.name} has no loss mask, but batch.use_loss_masking_spans is set: "
                 "prepare it with dataset.loss_masking_spans"
@@ -256,8 +270,15 @@ class DataStream:
             passes = ceil(total_rows * length / dataset.num_tokens)
         key = derive_key("order", sampling.seed, *path)
         order = DocumentOrder(dataset.num_documents, key=key, shuffle=sampling.shuffle, passes=passes)
-        kind = CutRows if self._batch.truncate_documents else WholeRows
-        leaf = _Leaf(kind(dataset, order, length))
+        rows: CutRows | WholeRows
+        if self._batch.truncate_documents and not conversations:
+            rows = CutRows(dataset, order, length)
+        else:
+            overlong = self._batch.overlong
+            if overlong == "error" or (overlong == "auto" and conversations):
+                refuse_overlong(dataset, length + 1)
+            rows = WholeRows(dataset, order, length, split=overlong == "split")
+        leaf = _Leaf(rows)
         self._leaves.append(leaf)
         return leaf
 

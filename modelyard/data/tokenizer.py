@@ -19,6 +19,7 @@ from tokenizers import Tokenizer as Backend
 from modelyard.config.huggingface import pointer_problem
 from modelyard.data.pieces import Pieces
 from modelyard.errors import UserError, did_you_mean, missing_path
+from modelyard.files import CHAT_FILE
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -30,6 +31,7 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
     "chat_template.json",
+    CHAT_FILE,
 )
 """What travels with a tokenizer, when it is there; licence files go along."""
 LICENSE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")

@@ -30,7 +30,7 @@ from modelyard.config.pretrained import unreadable_weights
 from modelyard.config.scales import rate_scales
 from modelyard.config.traces import trace_warnings
 from modelyard.config.train import TrainConfig
-from modelyard.data.store import MASK_LANE
+from modelyard.data.lanes import MASK_LANE
 from modelyard.data.stream import DataStream, ids_outside_vocabulary
 from modelyard.errors import UserError, missing_path
 from modelyard.plan.layout import layout_rows

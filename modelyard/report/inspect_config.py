@@ -17,7 +17,7 @@ from modelyard.config.training import LossEvaluatorConfig
 from modelyard.data.datasets import IndexedDataset, RandomTokens, stores
 from modelyard.data.layout import IGNORED, Layout
 from modelyard.data.rows import Piece
-from modelyard.data.store import MASK_LANE
+from modelyard.data.lanes import MASK_LANE
 from modelyard.data.stream import DataStream
 from modelyard.data.tokenizer_difference import tokenizer_difference
 from modelyard.errors import UserError

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from modelyard.data.datasets import IndexedDataset
-from modelyard.data.store import MASK_LANE
+from modelyard.data.lanes import MASK_LANE
 from modelyard.data.tokenizer import Tokenizer, load_tokenizer, separator_notice
 from modelyard.errors import UserError
 from modelyard.report.inspect_blocks import Cell, CellKind, Histogram, Inspection

@@ -9,7 +9,7 @@ import numpy as np
 
 from modelyard.data.datasets import IndexedDataset, read_documents
 from modelyard.data.order import derive_key, keyed_hash
-from modelyard.data.store import MASK_LANE
+from modelyard.data.lanes import MASK_LANE
 
 CHUNK_TOKENS = 1 << 20
 """Tokens in memory at a time; the intermediate results take about 100 bytes for each."""

@@ -17,7 +17,8 @@ from modelyard.data.datasets import StoredDataset
 from modelyard.data.foreign import ForeignStore
 from modelyard.data.order import derive_key, keyed_hash
 from modelyard.data.output import RECORD
-from modelyard.data.store import MASK_LANE, TokenStore
+from modelyard.data.lanes import MASK_LANE
+from modelyard.data.store import TokenStore
 from modelyard.data.tokenizer import Tokenizer
 from modelyard.errors import UserError
 from modelyard.report.inspect_blocks import Cell, Facts, Heading, Inspection, Note, Tokens

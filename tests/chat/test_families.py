@@ -7,11 +7,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from modelyard.chat.conversation import ConversationError, read_conversation
 from modelyard.chat.families import QWEN, ChatML, Family, Llama3, Vicuna
-from modelyard.chat.segments import Kind, Segment, lane_value, sft_values, text_of
+from modelyard.chat.segments import Kind, Segment, lane_value, text_of, trained
 from tests.chat.conversations import TOOLS, conversation
 
 SHIPPED_QWEN = dataclasses.replace(QWEN, default_system="You are a helpful assistant.")
@@ -21,8 +22,8 @@ FAMILIES: dict[str, Family] = {"llama3": Llama3(), "qwen2.5": SHIPPED_QWEN}
 
 def trained_text(segments: list[Segment]) -> list[str]:
     """What is trained on, piece by piece."""
-    values = sft_values()
-    return [segment.text for segment in segments if lane_value(segment) in values]
+    values = np.array([lane_value(segment) for segment in segments], np.uint8)
+    return [segment.text for segment, chosen in zip(segments, trained(values), strict=True) if chosen]
 
 
 @pytest.fixture(scope="module")

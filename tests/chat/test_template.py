@@ -78,7 +78,7 @@ def test_chatml_written_as_a_template() -> None:
     ("source", "reason"),
     [
         (CHATML.replace("m.content", "m.content | upper"), "is not written as it is"),
-        (CHATML.replace("<|im_end|>", ""), "into an answer, or ends it in no special token"),
+        (CHATML.replace("<|im_end|>", ""), "it ends an answer in no special token"),
         (CHATML.replace("{% endfor %}", "{% if loop.last and m.role == 'assistant' %}!{% endif %}{% endfor %}"),
          "the prompt for message 2 is not the beginning of the text"),
         (CHATML.replace("assistant\n'", "assistant\n<think>'"), "is not the beginning of the text"),

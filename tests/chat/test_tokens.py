@@ -12,8 +12,8 @@ import pytest
 
 from modelyard.chat.conversation import ConversationError, read_conversation
 from modelyard.chat.families import QWEN, Family, Llama3, Vicuna
-from modelyard.chat.segments import Kind, Segment, kind_of, lane_value, role_of
-from modelyard.chat.tokens import tokenize_conversation, tokenize_segments, trained, untrained_reason
+from modelyard.chat.segments import Kind, Segment, kind_of, lane_value, role_of, trained
+from modelyard.chat.tokens import tokenize_conversation, tokenize_segments, untrained_reason
 from modelyard.data.tokenizer import Tokenizer, load_tokenizer
 from tests.chat.conversations import conversation
 

@@ -86,7 +86,7 @@ def test_extensions_get_their_dot():
         ({"dataset": {"load_from_disk": True}}, "'load_from_disk' cannot be used: leave it out"),
         (
             {"dataset": {"source_schema": {"type": "conversation", "messages": "m"}}},
-            "conversations are not supported yet",
+            "write dataset.conversations",
         ),
         (
             {"dataset": {"source_schema": {"type": "document", "images": "i"}}},

@@ -110,8 +110,9 @@ def slow_twin(row: list[tuple[int, int, int]], sequence: int, isolate: bool, mas
         inside = place < len(tokens)
         inputs.append(tokens[place] if inside else 0)
         target = place + 1 < len(tokens) and not (mask and masked[place + 1])
-        if isolate and target:
-            target = owner[place] == owner[place + 1]
+        if target and owner[place] != owner[place + 1]:
+            # A document's inside begins with a token that was a target in the row before.
+            target = not isolate and row[owner[place + 1]][1] == 0
         labels.append(tokens[place + 1] if target else -100)
         segment.append(-1 if not inside else owner[place] if isolate else 0)
         new = place == 0 or (isolate and segment[place] != segment[place - 1])

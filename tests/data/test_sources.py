@@ -14,6 +14,7 @@ import zstandard
 
 from modelyard.config.prepare import PrepareDatasetConfig
 from modelyard.data import sources
+from modelyard.data.fields import Fields
 from modelyard.data.sources import RecordError, open_source
 from modelyard.data.tokenizer_training import source_texts
 from modelyard.errors import UserError
@@ -32,9 +33,11 @@ def texts(path: Path | str, **options: Any) -> list[str]:
     return list(source_texts(open_source(config(path, **options), [])))
 
 
-def records(path: Path | str, **options: Any) -> list[sources.Record | None]:
+def records(path: Path | str, **options: Any) -> list[tuple[str, Any, tuple[str | None, ...]] | None]:
+    """Text, spans and columns of each record."""
     source = open_source(config(path, **options), [])
-    return [record for chunk in source.chunks() for record in source.read(chunk)]
+    found = [record for chunk in source.chunks() for record in source.read(chunk)]
+    return [record and (record.text, record.spans, record.columns) for record in found]
 
 
 @pytest.fixture(params=[1 << 20, 200, 7])
@@ -61,7 +64,7 @@ def test_jsonl_without_last_line_end_and_with_empty_lines(chunk_bytes, tmp_path,
     path = tmp_path / ("x.jsonl.gz" if packed else "x.jsonl")
     path.write_bytes(gzip.compress(data) if packed else data)
     assert texts(path) == ["a", "b", "c"]
-    assert [record.text for record in records(path)] == ["a", "", "b", "", "c"]
+    assert [record[0] for record in records(path)] == ["a", "", "b", "", "c"]
 
 
 def test_multi_member_gzip_and_multi_frame_zstd(chunk_bytes, tmp_path):
@@ -84,13 +87,13 @@ def test_parquet_with_row_groups(chunk_bytes, tmp_path):
     table = pa.table({"text": TEXTS, "id": range(60), "spans": [[[0, 1]]] * 60})
     pq.write_table(table, tmp_path / "x.parquet", row_group_size=23)
     found = records(tmp_path / "x.parquet", loss_masking_spans="spans", columns=["id"])
-    assert [record.text for record in found] == TEXTS
+    assert [record[0] for record in found] == TEXTS
     assert found[5] == (TEXTS[5], [[0, 1]], ("5",))
 
 
 def test_parquet_rows_asked_for_out_of_order(tmp_path):
     pq.write_table(pa.table({"text": TEXTS}), tmp_path / "x.parquet", row_group_size=25)
-    reader = sources.ParquetReader(tmp_path / "x.parquet", "text", ["text"])
+    reader = sources.ParquetReader(tmp_path / "x.parquet", Fields("text", None, ()))
     expect = [(text,) for text in TEXTS]
     assert reader.rows(0, 3, 5) == expect[3:5]
     assert reader.rows(0, 20, 25) == expect[20:25]
@@ -212,7 +215,7 @@ def test_source_files(chunk_bytes, tmp_path):
         ("y: int\n", None, ("a/y.pyi", "GPL-3.0")),
         ("print('b')\n", None, ("b.py", "MIT")),
     ]
-    assert [r.text[:1] for r in records(root, extensions=[".py"], min_file_bytes=13, columns=[])] == [
+    assert [r[0][:1] for r in records(root, extensions=[".py"], min_file_bytes=13, columns=[])] == [
         "x",
         "#",
     ]

@@ -28,7 +28,7 @@ from modelyard.errors import UserError, missing_path
 from modelyard.files import complete_or_absent, write_json
 from modelyard.model.formats.safetensors import FileWriter, TensorEntry, read_entries
 from modelyard.model.formats.source import WeightSource, fit_problems
-from modelyard.model.formats.tokenizer_files import copy_tokenizer, special_token_ids
+from modelyard.model.formats.tokenizer_files import copy_tokenizer, special_token_ids, stop_token_ids
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -195,7 +195,8 @@ def export_huggingface(
     with complete_or_absent(destination) as temporary:
         _write_weights(source, shapes, dtypes, family, temporary, max_shard_bytes)
         write_json(temporary / "config.json", config)
-        _write_generation_config(temporary / "generation_config.json", reference_folder, ids)
+        stops = stop_token_ids(tokenizer_folder) if tokenizer_folder is not None else []
+        _write_generation_config(temporary / "generation_config.json", reference_folder, ids, stops)
         if tokenizer_folder is not None:
             copy_tokenizer(tokenizer_folder, temporary)
 
@@ -245,8 +246,19 @@ def _special_ids(original: Mapping[str, Any], tokenizer_folder: Path | None) -> 
     return {key: original[key] if original.get(key) is not None else found.get(key) for key in keys}
 
 
-def _write_generation_config(path: Path, reference_folder: Path | None, ids: Mapping[str, Any]) -> None:
-    if reference_folder is not None and (reference_folder / path.name).is_file():
-        shutil.copyfile(reference_folder / path.name, path)
-    else:
-        write_json(path, {key: value for key, value in ids.items() if value is not None})
+def _write_generation_config(
+    path: Path, reference_folder: Path | None, ids: Mapping[str, Any], stops: Sequence[int]
+) -> None:
+    """The reference's, else the special tokens; a model that was trained on conversations stops where answers ended there."""
+    reference = reference_folder / path.name if reference_folder is not None else None
+    if reference is not None and reference.is_file() and not stops:
+        shutil.copyfile(reference, path)
+        return
+    found = {key: value for key, value in ids.items() if value is not None}
+    if reference is not None and reference.is_file():
+        found = json.loads(reference.read_text(encoding="utf-8"))
+    if stops:
+        known = found.get("eos_token_id")
+        before = known if isinstance(known, list) else [] if known is None else [known]
+        found["eos_token_id"] = sorted({*before, *stops})
+    write_json(path, found)

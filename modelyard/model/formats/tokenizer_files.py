@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modelyard.errors import UserError
+from modelyard.files import CHAT_FILE
 
 _PATTERNS = (
     "tokenizer.json",
@@ -19,6 +20,7 @@ _PATTERNS = (
     "merges.txt",
     "chat_template*.jinja",
     "chat_template.json",
+    CHAT_FILE,
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
@@ -34,6 +36,13 @@ def copy_tokenizer(source: Path, destination: Path) -> None:
                 shutil.copyfile(path, destination / path.name)
 
 
+def stop_token_ids(folder: Path) -> list[int]:
+    """What ends an answer in the chat format that conversations were written in; empty where there was none."""
+    stops = _read(folder / CHAT_FILE).get("stops", [])
+    ids = _ids(folder)
+    return sorted({ids[token] for token in stops if token in ids})
+
+
 def special_token_ids(folder: Path) -> dict[str, int]:
     """`bos_token_id`, `eos_token_id` and `pad_token_id`, those that the folder's files define."""
     texts: dict[str, str] = {}
@@ -44,12 +53,16 @@ def special_token_ids(folder: Path) -> dict[str, int]:
             text = value.get("content") if isinstance(value, dict) else value
             if isinstance(text, str):
                 texts[role] = text
+    ids = _ids(folder)
+    return {f"{role}_id": ids[text] for role, text in texts.items() if text in ids}
+
+
+def _ids(folder: Path) -> dict[str, int]:
+    """The vocabulary: token → id."""
     tokenizer = _read(folder / "tokenizer.json")
     ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
     vocabulary = tokenizer.get("model", {}).get("vocab", {})
-    if isinstance(vocabulary, dict):
-        ids = vocabulary | ids
-    return {f"{role}_id": ids[text] for role, text in texts.items() if text in ids}
+    return vocabulary | ids if isinstance(vocabulary, dict) else ids
 
 
 def _read(path: Path) -> dict[str, Any]:
