@@ -33,3 +33,16 @@ def shared() -> Path:
 def shared_data(shared: Path) -> Path:
     """`../shared/data`: corpora, tokenizers, small real weights."""
     return shared / "data"
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Chat format → folder of a byte-level tokenizer of 290 tokens that has its special tokens; no chat template."""
+    from modelyard.data.tokenizer_training import BOS, EOS, chat_tokens, train_tokenizer
+
+    folders = {}
+    for name in ("llama3", "qwen2.5", "chatml", "vicuna"):
+        folders[name] = tmp_path_factory.mktemp(f"tokenizer-{name}")
+        texts = ["user assistant system ipython the ship sails over a wide sea 42 times\n\n"] * 3
+        train_tokenizer(texts, folders[name], vocab_size=290, special_tokens=(BOS, EOS, *chat_tokens(name)))
+    return folders

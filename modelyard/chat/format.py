@@ -181,7 +181,9 @@ def _alike(family: Family, template: Template) -> bool:
 def _check_tokens(family: Family, tokenizer: Tokenizer) -> None:
     """Raise UserError where the vocabulary lacks a token that every conversation of the format has."""
     if isinstance(family, Vicuna) and not tokenizer.has_token(family.end):
-        raise UserError(f"{tokenizer.folder} has no token '{family.end}', which ends answers in the format vicuna")
+        raise UserError(
+            f"{tokenizer.folder} has no token '{family.end}', which ends answers in the format vicuna"
+        )
     try:
         segments = family.render(Conversation(_TALK[:2]))
     except ConversationError as error:

@@ -42,13 +42,18 @@ def _tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="folder to write (default: the config's tokenizer.path)"
     )
+    parser.add_argument(
+        "--chat",
+        metavar="FORMAT",
+        help="with the special tokens of a chat format: llama3, qwen2.5, chatml or vicuna",
+    )
 
 
 def _tokenizer_train(options: argparse.Namespace) -> int:
     from modelyard.data.tokenizer_training import run_tokenizer_train
 
     loaded = load(options, "prepare")
-    return run_tokenizer_train(loaded.prepare, output=options.output, vocab_size=options.vocab_size)
+    return run_tokenizer_train(loaded.prepare, output=options.output, vocab_size=options.vocab_size, chat=options.chat)
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:

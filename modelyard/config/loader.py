@@ -26,7 +26,7 @@ from modelyard.config.reading import Kind, Reading, read_documents
 from modelyard.config.scales import scale_problems
 from modelyard.config.starting import BASE_MODEL, shape_is_absent, starting_point
 from modelyard.config.train import TrainConfig
-from modelyard.config.training import LossEvaluatorConfig
+from modelyard.config.training import ChatEvaluatorConfig, LossEvaluatorConfig
 from modelyard.errors import UserError, did_you_mean, missing_path
 
 TRANSFORMER: KeyPath = (*BASE_MODEL, "transformer")
@@ -369,7 +369,7 @@ def _chosen_shape(silent: dict[KeyPath, Any], document: Document) -> list[str]:
 
 
 def _missing_data(config: TrainConfig, document: Document) -> list[str]:
-    """One line for each dataset file or store that is named and not there."""
+    """One line for each file or store of data that is named and not there."""
     lines = []
     for name, dataset in config.data.datasets.items():
         path: KeyPath = ("data", "datasets", name, "path")
@@ -381,6 +381,10 @@ def _missing_data(config: TrainConfig, document: Document) -> list[str]:
     if config.data.tokenizer.path is not None and not config.data.tokenizer.path.exists():
         path = ("data", "tokenizer", "path")
         lines.append(f"{document.origin(path)}: {dotted(path)}: {missing_path(config.data.tokenizer.path)}")
+    for name, entry in config.training.evaluators.items():
+        if isinstance(entry.evaluator, ChatEvaluatorConfig) and (file := entry.evaluator.path):
+            path = ("training", "evaluators", name, "evaluator", "path")
+            lines += [] if file.exists() else [f"{document.origin(path)}: {dotted(path)}: {missing_path(file)}"]
     return list(dict.fromkeys(lines))
 
 

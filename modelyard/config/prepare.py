@@ -202,7 +202,14 @@ class PrepareDatasetConfig(Section):
                 f"min_file_bytes {self.min_file_bytes} is above max_file_bytes {self.max_file_bytes}"
             )
         if self.conversations is not None:
-            texts = {"field", "loss_masking_spans", "source_schema", "special_tokens", "extensions", "sample_by"}
+            texts = {
+                "field",
+                "loss_masking_spans",
+                "source_schema",
+                "special_tokens",
+                "extensions",
+                "sample_by",
+            }
             if not_for_them := sorted(given & texts):
                 raise ValueError(f"{' and '.join(not_for_them)}: for texts; the records are conversations")
         if self.extensions is not None and self.spans_column:
@@ -293,6 +300,7 @@ class PrepareConfig(Section):
     """The texts."""
     tokenizer: PrepareTokenizerConfig
     """The tokenizer, and what begins and ends a document."""
+
     @model_validator(mode="after")
     def _ends_of_conversations(self) -> PrepareConfig:
         if self.dataset.conversations is not None and (ends := self.tokenizer.model_fields_set - {"path"}):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -149,10 +150,46 @@ class SamplesEvaluatorConfig(Section):
     """Seed of the draws; the same at every evaluation."""
 
 
+class ChatEvaluatorConfig(Section):
+    """Answers of the model to conversations, to see whether they end where they should and call tools as these are defined."""
+
+    type: Literal["chat"]
+    """Kind of evaluator."""
+    path: Path | None = None
+    """A file of JSON lines (.jsonl, .gz, .zst), a conversation a line in any format that `prepare` knows. Its last answer is
+    left out and shown beside the model's."""
+    conversations: list[list[dict[str, Any]]] | None = Field(default=None, min_length=1)
+    """Instead of a file: conversations here, each a list of messages (`role`, `content`)."""
+    limit: int | None = Field(default=8, gt=0)
+    """How many of the file's are answered, its first ones, in conversations; null: all."""
+    max_new_tokens: int = Field(default=256, gt=0)
+    """Longest answer, in tokens."""
+    temperature: float = Field(default=0.0, ge=0)
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_k: int | None = Field(default=None, gt=0)
+    """Draw from the k likeliest tokens only; null: from all."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Draw from the smallest set of tokens that holds this probability; null: from all."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the draws; the same at every evaluation."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ChatEvaluatorConfig:
+        if (self.path is None) == (self.conversations is None):
+            raise ValueError("give either path or conversations")
+        if self.conversations is not None and "limit" in self.model_fields_set:
+            raise ValueError("limit: only with path; all of conversations are answered")
+        return self
+
+
 class EvaluatorConfig(IntervalConfig):
     """One named evaluation, at its own interval and once more at the end of training."""
 
-    evaluator: Annotated[LossEvaluatorConfig | SamplesEvaluatorConfig, Field(discriminator="type")]
+    at_start: bool = False
+    """Whether it also runs before the first iteration, as iteration 0."""
+    evaluator: Annotated[
+        LossEvaluatorConfig | SamplesEvaluatorConfig | ChatEvaluatorConfig, Field(discriminator="type")
+    ]
     """What is evaluated."""
 
     @field_validator("evaluator", mode="before")

@@ -42,9 +42,12 @@ def _check_conversations(schema: pa.Schema, place: str, fields: Fields) -> None:
     """Raise UserError where the table has changed tools or calls already."""
     known = {own: name for name, own in (fields.renamed or {}).items()}
     for name in fields.among(schema.names):
-        if name not in fields.columns and (found := _filled_in(schema.field(name).type, known.get(name, name))):
+        if name not in fields.columns and (
+            found := _filled_in(schema.field(name).type, known.get(name, name))
+        ):
+            what = "is a structure" if found == name else f"holds {found} as a structure"
             raise UserError(
-                f"{place}: column '{name}' holds {found} as a structure, where the table has given every call and tool the keys "
+                f"{place}: column '{name}' {what}, where the table has given every call and tool the keys "
                 "of all the others, with nulls; write them as JSON text, or the data as .jsonl"
             )
 

@@ -180,7 +180,9 @@ def _tokenize_conversations(
     result.unusable = len(problems)
     if kept:
         result.lengths = np.array([len(found.ids) for _, found in kept], np.int64)
-        result.tokens = np.concatenate([found.ids for _, found in kept], dtype=TOKEN_TYPES[job.dtype], casting="unsafe")
+        result.tokens = np.concatenate(
+            [found.ids for _, found in kept], dtype=TOKEN_TYPES[job.dtype], casting="unsafe"
+        )
         result.lane = np.concatenate([found.kinds for _, found in kept])
         result.columns = [record.columns for number, _ in kept if (record := records[number]) is not None]
         in_loss = trained(result.lane)

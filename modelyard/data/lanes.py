@@ -18,6 +18,7 @@ KIND_LANE = "kind"
 NO_KIND = 7
 """Stands for the kind of a token that is part of no conversation."""
 
+
 def has_kinds(dataset: IndexedDataset) -> bool:
     """Whether it holds conversations whose tokens say what they are."""
     return KIND_LANE in dataset.lanes

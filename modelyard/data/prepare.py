@@ -287,21 +287,27 @@ def _open(
     return tokenizer, frame, source, conversations
 
 
-def _conversations(
-    config: ConversationsConfig, tokenizer: Tokenizer, notices: list[str]
-) -> Conversations:
+def _conversations(config: ConversationsConfig, tokenizer: Tokenizer, notices: list[str]) -> Conversations:
     """How records become conversations. Raises UserError."""
     if config.format != "auto" and config.format not in FORMATS:
         hint = did_you_mean(config.format, FORMATS)
-        raise UserError(f"dataset.conversations.format: there is no '{config.format}'; there are auto, {', '.join(FORMATS)}{hint}")
+        raise UserError(
+            f"dataset.conversations.format: there is no '{config.format}'; there are auto, {', '.join(FORMATS)}{hint}"
+        )
     asked = config.model_fields_set & {"date", "knowledge_date", "tools_in_user_message", "builtin_tools"}
     settings = {name: getattr(config, name) for name in asked}
     try:
-        family = family_from({"family": config.family, "default_system": config.system, **settings}, tokenizer)
+        family = family_from(
+            {"family": config.family, "default_system": config.system, **settings}, tokenizer
+        )
     except UserError as error:
         raise UserError(*(f"dataset.conversations: {line}" for line in error.problems)) from None
     if config.family == "auto":
-        how = "this tokenizer's own chat template" if isinstance(family, Template) else f"the format {family.name}"
+        how = (
+            "this tokenizer's own chat template"
+            if isinstance(family, Template)
+            else f"the format {family.name}"
+        )
         notices.append(f"conversations are written in {how} (dataset.conversations.family: auto)")
     format = None if config.format == "auto" else cast(Format, config.format)
     return Conversations(family, format, config.nested == "expression", config.unusable == "drop")

@@ -394,4 +394,3 @@ def refuse_overlong(dataset: IndexedDataset, capacity: int) -> None:
         f"{share} are longer than a row of sequence_length + 1 = {capacity:,} tokens: {listed}{more}; raise "
         f"batch.sequence_length to {longest[0][0] - 1:,}, or say what becomes of them: batch.overlong: drop | split"
     )
-

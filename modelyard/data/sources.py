@@ -134,7 +134,9 @@ def open_source(config: PrepareDatasetConfig, notices: list[str]) -> Source:
     columns = tuple(
         config.columns if config.columns is not None else SOURCE_COLUMNS if is_folder_of_sources else ()
     )
-    renamed = None if config.conversations is None else {str(k): v for k, v in config.conversations.columns.items()}
+    renamed = (
+        None if config.conversations is None else {str(k): v for k, v in config.conversations.columns.items()}
+    )
     fields = Fields(config.text_column, config.spans_column, columns, renamed)
     if is_folder_of_sources and (unknown := set(columns) - set(SOURCE_COLUMNS)):
         raise UserError(f"dataset.columns {sorted(unknown)}: source files have {', '.join(SOURCE_COLUMNS)}")

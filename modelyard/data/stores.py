@@ -225,7 +225,7 @@ def _store_writer(config: PrepareConfig, job: Job, path: Path, saved: dict[str, 
                 "fingerprint": job.tokenizer.fingerprint,
                 "bos": token(job.frame.bos),
                 "eos": token(job.frame.eos),
-            }
+            },
         },
         saving_workers=min(config.saving_workers or available_cores(), available_cores()),
         saved=saved,

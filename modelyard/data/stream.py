@@ -255,7 +255,11 @@ class DataStream:
         length = self._batch.sequence_length
         dataset = open_dataset(config, vocab_size=self.vocab_size, sequence_length=length, seed=sampling.seed)
         conversations = has_kinds(dataset)
-        if self._batch.use_loss_masking_spans is True and MASK_LANE not in dataset.lanes and not conversations:
+        if (
+            self._batch.use_loss_masking_spans is True
+            and MASK_LANE not in dataset.lanes
+            and not conversations
+        ):
             raise UserError(
                 f"{dataset.name} has no loss mask, but batch.use_loss_masking_spans is set: "
                 "prepare it with dataset.loss_masking_spans"

@@ -6,14 +6,19 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from modelyard.chat.conversation import Call, Conversation, ConversationError, Message
+from modelyard.chat.families import FAMILIES, Llama3
+from modelyard.chat.formats import read_record
 from modelyard.config.prepare import PrepareConfig
 from modelyard.data.sources import RecordError, Source, open_source
 from modelyard.data.tokenizer import replace_surrogates
-from modelyard.errors import UserError
+from modelyard.errors import UserError, did_you_mean
 from modelyard.files import replace_text
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
@@ -149,19 +154,56 @@ def source_texts(source: Source) -> Iterator[str]:
                 f"{source.place(chunk)}: record {before + error.index + 1}: {error.reason}"
             ) from None
         before += len(records)
-        for record in records:
-            if record is not None and record.text:
-                yield replace_surrogates(record.text)
+        for index, record in enumerate(records):
+            if record is None:
+                continue
+            try:
+                texts = [record.text] if record.conversation is None else _said(record.conversation)
+            except ConversationError as error:
+                number = before - len(records) + index + 1
+                raise UserError(f"{source.place(chunk)}: record {number}: {error}") from None
+            yield from (replace_surrogates(text) for text in texts if text)
 
 
-def run_tokenizer_train(config: PrepareConfig, *, vocab_size: int, output: Path | None = None) -> int:
+def _said(record: dict[str, Any]) -> list[str]:
+    """The texts of a conversation's messages."""
+    conversation = read_record(record)
+    return [message.content for message in conversation.messages if isinstance(message.content, str)]
+
+
+def chat_tokens(name: str) -> tuple[str, ...]:
+    """The special tokens that a chat format is made of, begin and end of a text left out. Raises UserError for no such format."""
+    if name not in FAMILIES:
+        raise UserError(
+            f"there is no chat format '{name}'; there are {', '.join(FAMILIES)}{did_you_mean(name, FAMILIES)}"
+        )
+    family = FAMILIES[name]
+    families = [family, replace(family, builtin_tools=("f",))] if isinstance(family, Llama3) else [family]
+    asked, call = Message("user", "?"), Call("f", {})
+    talks = [
+        Conversation((asked, Message("assistant", "!"))),
+        Conversation((asked, Message("assistant", calls=(call,)), Message("assistant", calls=(call, call)))),
+    ]
+    found: dict[str, None] = {}
+    for each in families:
+        for talk in talks:
+            with suppress(ConversationError):  # a format without tools
+                found |= {segment.text: None for segment in each.render(talk) if segment.special}
+    return tuple(token for token in found if token not in (BOS, EOS))
+
+
+def run_tokenizer_train(
+    config: PrepareConfig, *, vocab_size: int, output: Path | None = None, chat: str | None = None
+) -> int:
     """`modelyard tokenizer train`: learn a tokenizer from the texts of a preparation config.
 
     Args:
         config: its `dataset` says what to read; the rest is not used, but for the default of `output`.
         vocab_size: ids wanted, special tokens included.
         output: the folder to make; default: the config's `tokenizer.path`.
+        chat: a chat format, whose special tokens the vocabulary is to have.
     """
+    specials = (BOS, EOS, *(chat_tokens(chat) if chat is not None else ()))
     # Counting words is the library's own parallel work; the setting may come from an earlier preparation.
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     folder = output or Path(config.tokenizer.path).expanduser()
@@ -169,7 +211,7 @@ def run_tokenizer_train(config: PrepareConfig, *, vocab_size: int, output: Path 
     source = open_source(config.dataset, notices)
     for notice in notices:
         print(f"note: {notice}")
-    size = train_tokenizer(source_texts(source), folder, vocab_size=vocab_size)
+    size = train_tokenizer(source_texts(source), folder, vocab_size=vocab_size, special_tokens=specials)
     if size < vocab_size:
         print(f"note: the texts gave {size:,} tokens, not {vocab_size:,}: there is too little text")
     print(f"tokenizer with {size:,} tokens: {folder}")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from modelyard.data.layout import lay_out
 from modelyard.data.order import DocumentOrder
-from modelyard.data.rows import BlockTable, CutRows, Rows, WholeRows
+from modelyard.data.rows import BlockTable, CutRows, Rows, WholeRows, refuse_overlong, stretches
 from modelyard.errors import UserError
 from tests.data.in_memory import InMemory
 
@@ -201,3 +202,46 @@ def test_huge_blocks_are_read_document_by_document(monkeypatch):
     monkeypatch.setattr("modelyard.data.rows._ADVISED_TOKENS", 99)
     monkeypatch.setattr(InMemory, "will_need", lambda self, ranges: pytest.fail("asked for too much"))
     assert sum(end - begin for _, begin, end in open_rows(CutRows, [10] * 10, 20).row(0)) == 21
+
+
+def test_split_rows_by_hand():
+    # Rows of 5 tokens: 11 become 5, 5 and 3, each beginning with the token that ended the one before.
+    numbers, begins, lengths = stretches(np.array([11, 5, 0, 1, 6]), 4)
+    assert numbers.tolist() == [0, 0, 0, 1, 2, 3, 4, 4]
+    assert begins.tolist() == [0, 4, 8, 0, 0, 0, 0, 4]
+    assert lengths.tolist() == [5, 5, 3, 5, 0, 1, 5, 2]
+    dataset = InMemory.of_lengths([11, 2])
+    rows = WholeRows(dataset, DocumentOrder(2, key=3, shuffle="disabled", passes=1), 4, split=True)
+    assert [rows.row(i) for i in range(3)] == [[(0, 0, 5)], [(0, 4, 9)], [(0, 8, 11), (1, 0, 2)]]
+    facts = rows.facts()
+    assert (facts["documents_seen"], facts["over_long_documents"], facts["longest_document"]) == (2, 0, 11)
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_split_documents_have_every_token_as_a_target_once(isolate):
+    lengths = np.random.default_rng(1).integers(0, 60, 3000).tolist()
+    dataset = InMemory.of_lengths(lengths)
+    rows = WholeRows(dataset, DocumentOrder(3000, key=3, shuffle="epoch", passes=1), 20, split=True)
+    everything = [(dataset, pieces) for pieces in rows.one_pass()]
+    layout = lay_out(
+        everything, sequence_length=20, vocab_size=dataset.num_tokens, isolate=isolate, mask=False
+    )
+    targets = layout.labels[layout.labels >= 0]
+    firsts = set(np.cumsum([0, *lengths])[:-1].tolist())
+    inner = sorted(set(range(sum(lengths))) - firsts)
+    assert sorted(t for t in targets.tolist() if t not in firsts) == inner
+    if isolate:
+        assert len(targets) == len(inner)
+
+
+def test_over_long_documents_are_refused_with_the_longest():
+    dataset = InMemory.of_lengths([5, 40, 6, 41, 3, 41, 7, 8, 9])
+    refuse_overlong(dataset, 41)
+    with pytest.raises(UserError) as error:
+        refuse_overlong(dataset, 5)
+    assert error.value.problems == [
+        "7 of 9 documents are longer than a row of sequence_length + 1 = 5 tokens: document 3 of in memory (41 tokens), "
+        "document 5 of in memory (41 tokens), document 1 of in memory (40 tokens), document 8 of in memory (9 tokens), document 7 of in "
+        "memory (8 tokens) and 2 more; raise batch.sequence_length to 40, or say what becomes of them: batch.overlong: drop | "
+        "split",
+    ]
