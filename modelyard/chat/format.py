@@ -18,6 +18,7 @@ from typing import Any
 from modelyard.chat.conversation import Call, Conversation, ConversationError, Message
 from modelyard.chat.families import FAMILIES, QWEN, ChatML, Family, Llama3, Vicuna
 from modelyard.chat.segments import text_of
+from modelyard.chat.shipped import chat_template
 from modelyard.chat.template import Template, template_of
 from modelyard.data.tokenizer import Tokenizer, load_tokenizer
 from modelyard.errors import UserError
@@ -89,9 +90,15 @@ def written_settings(folder: Path) -> dict[str, Any]:
         raise UserError(f"{file} is no JSON object ({error})") from None
 
 
-def chat_file(family: Family) -> bytes:
-    """The content of `modelyard_chat.json`."""
-    return (json.dumps({**settings_of(family), "stops": list(family.stops)}, indent=1) + "\n").encode()
+def chat_files(family: Family, tokenizer: Tokenizer) -> dict[str, bytes]:
+    """What goes beside a tokenizer whose model is trained on conversations: `modelyard_chat.json`, and for other programs a chat
+    template of the same text, unless the tokenizer's own is one."""
+    settings = {**settings_of(family), "stops": [stop for stop in family.stops if tokenizer.has_token(stop)]}
+    files = {CHAT_FILE: (json.dumps(settings, indent=1) + "\n").encode()}
+    own, source = _own_template(tokenizer), chat_template(family)
+    if source is not None and (own is None or not _alike(family, own)):
+        files["chat_template.jinja"] = source.encode()
+    return files
 
 
 def _named(name: str, tokenizer: Tokenizer) -> Family:

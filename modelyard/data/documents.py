@@ -10,7 +10,7 @@ from tokenizers import Encoding
 
 from modelyard.chat.conversation import Conversation, ConversationError, Message
 from modelyard.chat.families import Family
-from modelyard.chat.format import chat_file
+from modelyard.chat.format import chat_files
 from modelyard.chat.formats import Format, read_record
 from modelyard.chat.segments import Kind, trained
 from modelyard.chat.tokens import require_specials, tokenize_many, untrained_reason
@@ -19,7 +19,6 @@ from modelyard.data.sources import Chunk, Record, RecordError, Source
 from modelyard.data.spans import SpanError, character_mask, token_mask
 from modelyard.data.store import TOKEN_TYPES
 from modelyard.data.tokenizer import DocumentFrame, Tokenizer, replace_surrogates
-from modelyard.files import CHAT_FILE
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Job:
         """What goes into a store's `tokenizer/`: with conversations also how they are written."""
         files = self.tokenizer.files()
         if self.conversations is not None:
-            files[CHAT_FILE] = chat_file(self.conversations.family)
+            files |= chat_files(self.conversations.family, self.tokenizer)
         return files
 
 

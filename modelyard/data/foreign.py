@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from modelyard.data.lanes import MASK_LANE
 from modelyard.data.manifest import OFFSET_INTERVAL, token_range
 from modelyard.data.reading import FileArray
-from modelyard.data.lanes import MASK_LANE
 from modelyard.errors import UserError
 
 MAGIC = b"MMIDIDX\0\0"

@@ -17,8 +17,8 @@ import numpy as np
 
 from modelyard.data.files import refuse_raw_data
 from modelyard.data.foreign import _STEP, ForeignStore, IndexedPair, is_pair
-from modelyard.data.reading import FileArray
 from modelyard.data.lanes import MASK_LANE
+from modelyard.data.reading import FileArray
 from modelyard.data.store import TokenStore
 from modelyard.errors import UserError
 

@@ -20,10 +20,10 @@ from typing import Any, cast
 import tokenizers
 import yaml
 
-from modelyard.config.disk import size
 from modelyard.chat.format import family_from
 from modelyard.chat.formats import FORMATS, Format
 from modelyard.chat.template import Template
+from modelyard.config.disk import size
 from modelyard.config.prepare import ConversationsConfig, PrepareConfig
 from modelyard.data import sources
 from modelyard.data.assemble import Assembly, Work, make_parts

@@ -15,11 +15,11 @@ from modelyard.chat.segments import LossLane
 from modelyard.config.data import BlendedDataset, DatasetConfig, SampledDataset, SamplingConfig
 from modelyard.data.blend import Blend
 from modelyard.data.datasets import IndexedDataset, foreign_documents, open_dataset
+from modelyard.data.lanes import MASK_LANE, has_kinds
 from modelyard.data.layout import Layout, lay_out
 from modelyard.data.order import DocumentOrder, derive_key
 from modelyard.data.resolve import resolve
 from modelyard.data.rows import CutRows, Piece, Rows, WholeRows, refuse_overlong
-from modelyard.data.lanes import MASK_LANE, has_kinds
 from modelyard.errors import UserError
 from modelyard.files import CHECKSUM_LIMIT
 

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from modelyard.chat.conversation import read_conversation
 from modelyard.chat.families import FAMILIES, QWEN, Llama3
 from modelyard.chat.format import chat_family
+from modelyard.chat.shipped import chat_template
 from modelyard.chat.tokens import tokenize_conversation
 from modelyard.config.prepare import PrepareConfig
 from modelyard.data.prepare import prepare
@@ -73,6 +74,7 @@ def test_each_record_is_what_its_format_writes(
     # What they were written in goes along with the tokenizer.
     assert chat_family(store.path / "tokenizer") == FAMILIES[name]
     assert store.manifest["chat"]["family"] == name
+    assert (store.path / "tokenizer" / "chat_template.jinja").read_text() == chat_template(FAMILIES[name])
 
 
 def test_the_workers_change_nothing(
@@ -118,7 +120,7 @@ def test_settings_of_the_format_reach_the_text(
     store = make(tmp_path / "qwen", source, chat_tokenizers["qwen2.5"], system="sail")
     text = load_tokenizer(chat_tokenizers["qwen2.5"]).decode(store.document(0))
     assert text.startswith("<|im_start|>system\nsail<|im_end|>\n")
-    with pytest.raises(UserError, match="the chat format qwen2.5 has no knowledge_date"):
+    with pytest.raises(UserError, match=r"the chat format qwen2.5 has no knowledge_date"):
         make(tmp_path / "no", source, chat_tokenizers["qwen2.5"], knowledge_date="May 1789")
 
 
@@ -183,7 +185,7 @@ def test_unknown_formats_and_columns_by_other_names(
 ) -> None:
     source = write_jsonl([{"chat": TALK, "messages": "something else", "id": 7}])
     with pytest.raises(
-        UserError, match="there is no 'mesages'; there are auto, messages.* did you mean 'messages'"
+        UserError, match=r"there is no 'mesages'; there are auto, messages.* did you mean 'messages'"
     ):
         make(tmp_path, source, chat_tokenizers["llama3"], format="mesages")
     store = make(
