@@ -124,7 +124,8 @@ def _detected(tokenizer: Tokenizer) -> Family:
             f"{tokenizer.folder} has no chat template, so there is no telling how conversations are written: name a chat "
             f"format, family: {' | '.join(FAMILIES)}"
         )
-    candidates = (Llama3(), _like_qwen(template), FAMILIES["chatml"])
+    qwen = _like_qwen(template)
+    candidates = (Llama3(), qwen, replace(qwen, name="chatml", hermes=False))
     return next((family for family in candidates if _alike(family, template)), template)
 
 

@@ -270,7 +270,9 @@ def template_of(folder: Path) -> Template:
 
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
     variables = {name: content(config[name]) or "" for name in names if name in config}
-    added = config.get("added_tokens_decoder", {}).values()
+    added = list(config.get("added_tokens_decoder", {}).values())
+    if (file := folder / "tokenizer.json").is_file():
+        added += json.loads(file.read_text(encoding="utf-8")).get("added_tokens") or []
     specials = {token["content"] for token in added if token.get("special")} | set(
         filter(None, variables.values())
     )

@@ -422,7 +422,7 @@ def test_unknown_keys_at_every_depth(tmp_path: Path) -> None:
         ),
         (
             "training.evaluators.x={interval: 1, evaluator: {type: los}}",
-            "training.evaluators.x.evaluator = {'type': 'los'}: expected a `type` that is one of loss, samples",
+            "training.evaluators.x.evaluator = {'type': 'los'}: expected a `type` that is one of loss, samples, chat",
         ),
     ],
 )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modelyard.loss import cross_entropy
-from modelyard.loss.cross_entropy import linear_cross_entropy, token_losses
+from modelyard.loss.cross_entropy import linear_cross_entropy, token_scores
 
 VOCABULARY, HIDDEN, TOKENS = 11, 6, 9
 
@@ -40,8 +40,10 @@ def test_by_hand() -> None:
     for implementation in ("fused", "torch", "auto"):
         loss = linear_cross_entropy(hidden, weight, labels, implementation=implementation)
         assert loss.item() == pytest.approx(expected, rel=1e-6)
-    losses = token_losses(hidden, weight, labels)
-    assert losses.tolist() == pytest.approx([math.log(4 / 3), math.log(5), 0.0], rel=1e-6)
+    for implementation in ("fused", "torch", "auto"):
+        scores = token_scores(hidden, weight, labels, implementation=implementation)
+        assert scores.losses.tolist() == pytest.approx([math.log(4 / 3), math.log(5), 0.0], rel=1e-6)
+        assert scores.hits.tolist() == [True, False, False]
     with_z = linear_cross_entropy(hidden, weight, labels, z_loss=0.1)
     assert with_z.item() == pytest.approx(expected + 0.1 * (math.log(4) ** 2 + math.log(5) ** 2), rel=1e-6)
 
@@ -119,6 +121,35 @@ def test_bf16_weight_gradient_is_summed_wide(monkeypatch: pytest.MonkeyPatch) ->
     assert weight.grad.flatten().tolist() == [-2048.0, 2048.0]
 
 
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("implementation", ["fused", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ignored", [0, 3, TOKENS])
+def test_scores_are_those_of_torch(dtype: torch.dtype, implementation: str, ignored: int) -> None:
+    hidden, weight, labels = inputs(dtype, ignored=ignored)
+    some = (labels != -100).nonzero().flatten()[::2]
+    labels[some] = F.linear(hidden, weight).argmax(-1)[some]
+    scores = token_scores(hidden, weight, labels, implementation=implementation, logits_scale=0.5, z_loss=0.1)
+    logits = F.linear(hidden, weight).to(scores.losses.dtype) * 0.5
+    z_loss = 0.1 * logits.logsumexp(-1).square().where(labels != -100, 0.0)
+    expected = F.cross_entropy(logits, labels, reduction="none") + z_loss
+    assert not scores.losses.requires_grad
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(scores.losses, expected.detach(), atol=tolerance, rtol=tolerance)
+    assert scores.hits.tolist() == (logits.argmax(-1) == labels).tolist()
+    assert int(scores.hits.sum()) >= len(some)
+
+
+@pytest.mark.parametrize("implementation", ["fused", "torch"])
+def test_of_equally_likely_words_the_first_is_the_likeliest(implementation: str) -> None:
+    weight = torch.tensor([[1.0], [2.0], [2.0], [0.0], [2.0]])
+    scores = token_scores(
+        torch.tensor([[1.0]] * 5 + [[0.0]] * 2), weight, torch.tensor([0, 1, 2, 3, 4, 0, 1]),
+        implementation=implementation,
+    )  # fmt: skip
+    assert scores.hits.tolist() == [False, True, False, False, False, True, False]
+
+
 def test_without_gradients_none_are_made() -> None:
     hidden, weight, labels = inputs(torch.float32)
     trained = linear_cross_entropy(hidden, weight, labels)
@@ -149,8 +180,9 @@ def test_large_logits_do_not_overflow() -> None:
 
 
 def test_unknown_implementation() -> None:
-    with pytest.raises(ValueError, match="'triton'"):
-        linear_cross_entropy(*inputs(), implementation="triton")
+    for function in (linear_cross_entropy, token_scores):
+        with pytest.raises(ValueError, match="'triton'"):
+            function(*inputs(), implementation="triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

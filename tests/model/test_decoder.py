@@ -121,8 +121,9 @@ def test_packed_documents_are_computed_as_if_alone(backend: str) -> None:
     torch.testing.assert_close(hidden[1:], model(ids[1:], *whole_rows(1, 32)))
 
 
-def test_no_gradient_crosses_a_document_boundary() -> None:
-    model = small_model()
+@pytest.mark.parametrize("backend", ["auto", "dense"])
+def test_no_gradient_crosses_a_document_boundary(backend: str) -> None:
+    model = small_model(backend=backend)
     ids, positions, cu_seqlens = packed()
     embedded: list[torch.Tensor] = []
 

@@ -21,7 +21,8 @@ from modelyard.parallel.mesh import Mesh, alone
 from modelyard.parallel.pipeline import Pipeline
 from modelyard.parallel.torch_private import local_tensor
 from modelyard.train.phases import untimed
-from modelyard.train.step import LossOptions, accumulate, loss_sum, micro_batches
+from modelyard.train.scores import score_sums
+from modelyard.train.step import LossOptions, accumulate, micro_batches
 from tests.parallel.matrix import TINY, Case, build, distributed, global_batch, hold
 from tests.parallel.processes import run_distributed
 
@@ -213,7 +214,7 @@ def test_a_forward_pass_alone() -> None:
         assert isinstance(expected, Decoder)
         with torch.no_grad():
             parts = _uneven_parts(case)
-            losses = [float(loss_sum(expected, part, LossOptions(z_loss=0.1))) for part in parts]
+            losses = [float(score_sums(expected, part, LossOptions(z_loss=0.1))[0, 0]) for part in parts]
             ids = torch.tensor([TEXT])
             hidden = expected(ids, torch.arange(len(TEXT))[None], torch.tensor([[0, len(TEXT)]]))
             logits = expected.logits(hidden)[0, -1].tolist()
@@ -260,7 +261,7 @@ def _uneven_parts(case: Case) -> list[Batch]:
 def _forward(case: Case) -> tuple[float, list[float]]:
     run = build(case, Mesh(case.layout, torch.device("cpu")))
     assert isinstance(run.model, Pipeline)
-    loss = run.model.loss_sums(_uneven_parts(case), LossOptions(z_loss=0.1))
+    loss = run.model.score_sums(_uneven_parts(case), LossOptions(z_loss=0.1))[0, 0]
     logits = run.model.last_logits(TEXT)
     assert not logits.requires_grad
     run.release()
@@ -280,7 +281,7 @@ def _evaluate_between_steps(case: Case) -> tuple[float, float]:
     run = build(case, Mesh(case.layout, torch.device("cpu")))
     assert isinstance(run.model, Pipeline)
     parts = list(micro_batches(global_batch(case, 0), 2, torch.device("cpu")))
-    before = float(run.model.loss_sums(parts, case.options))
+    before = float(run.model.score_sums(parts, case.options)[0, 0])
     run.release()
     run.model.accumulate(run.weights, parts, case.options, untimed)
     run.weights.finish_gradients()
@@ -289,7 +290,7 @@ def _evaluate_between_steps(case: Case) -> tuple[float, float]:
             assert parameter.grad is not None
             parameter -= 1e-3 * parameter.grad
     run.weights.publish()
-    return before, float(run.model.loss_sums(parts, case.options))
+    return before, float(run.model.score_sums(parts, case.options)[0, 0])
 
 
 def test_micro_batches_of_several_shapes_are_refused() -> None:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modelyard.config.layout import Layout
 from modelyard.generate.sample import next_logits
-from modelyard.loss.cross_entropy import linear_cross_entropy, token_losses
+from modelyard.loss.cross_entropy import linear_cross_entropy, token_scores
 from modelyard.model.cache import KeyValueCache
 from modelyard.model.decoder import Decoder
 from modelyard.model.init import InitStd, initialize
@@ -127,7 +127,10 @@ def _loss(dtype: torch.dtype, size: int) -> None:
             x_gradient, own_gradient = torch.autograd.grad(loss, (x, mine))
             x_total = x_gradient.double()
             vocabulary.sum_(x_total)
-            losses = token_losses(x.detach(), mine.detach(), labels, vocabulary=vocabulary, **options)
+            with mock.patch("modelyard.loss.cross_entropy._chunk_rows", return_value=4):
+                losses, hits = token_scores(
+                    x.detach(), mine, labels, implementation=implementation, vocabulary=vocabulary, **options
+                )
             everyone = loss.detach().clone()
             vocabulary.max_(everyone)
             where = f"{case}, {implementation}, {options}"
@@ -146,6 +149,9 @@ def _loss(dtype: torch.dtype, size: int) -> None:
                 assert loss == 0
                 assert not own_gradient.any()
             assert losses[labels == -100].abs().sum() == 0
+            if dtype != torch.bfloat16:  # whose logits tie where the wide ones do not
+                logits = wide[0].detach() @ wide[1].detach().T
+                assert hits.tolist() == (logits.argmax(-1) == labels).tolist(), where
 
 
 @pytest.mark.parametrize(
@@ -173,6 +179,36 @@ def _loss_by_hand() -> None:
         # Both tokens give the probabilities; each label takes 1 from its own.
         wanted = [[2 / 12, 4 / 12 - 1], [6 / 12, 12 / 12 - 1]][rank]
         assert own.grad[:, 0].tolist() == pytest.approx(wanted, abs=1e-15)
+
+
+def _hits_by_hand() -> None:
+    mesh = Mesh(layout(3), CPU)
+    rank = mesh.place("tensor")
+    # The words of three processes, two of each. Of equal ones `argmax` takes the first of all.
+    table = {
+        (0.0, 1.0, 2.0, 3.0, 1.0, 0.0): 3,
+        (3.0, 1.0, 3.0, 3.0, 1.0, 0.0): 0,
+        (0.0, 1.0, 0.0, 3.0, 3.0, 3.0): 3,
+        (0.0, 1.0, 0.0, 1.0, 2.0, 2.0): 4,
+        (0.0, 3.0, 0.0, 1.0, 2.0, 3.0): 1,
+        (-1.0, -1.0, -1.0, -1.0, -1.0, -1.0): 0,
+    }
+    logits = torch.tensor(list(table))
+    # The head's rows, where hidden states are one-hot.
+    own = logits[:, 2 * rank : 2 * rank + 2].T.contiguous()
+    vocabulary = Words(2 * rank, mesh)
+    for implementation in ("torch", "fused"):
+        for label in range(6):
+            labels = torch.full((6,), label)
+            scores = token_scores(
+                torch.eye(6), own, labels, implementation=implementation, vocabulary=vocabulary
+            )
+            hits = [first == label for first in table.values()]
+            assert scores.hits.tolist() == hits, (implementation, label)
+
+
+def test_the_likeliest_of_split_words_is_that_of_argmax() -> None:
+    run_distributed(_hits_by_hand, 3)
 
 
 def test_the_loss_over_split_words_by_hand() -> None:

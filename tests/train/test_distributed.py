@@ -96,7 +96,7 @@ def loss_of(run: Run) -> float:
         options=run.loss_options,
     )
     assert evaluation is not None
-    return evaluation.loss
+    return evaluation.whole.loss
 
 
 def resave(*overrides: str) -> float:
