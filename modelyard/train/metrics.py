@@ -36,6 +36,9 @@ PEAK_BF16_FLOPS = {
     "RTX 4090": 165.2e12,
 }
 
+MOSTLY_TRAINED = 0.9
+"""Share of a step's positions that are trained on below which the log line says it: of conversations it is part of the picture,
+of texts a sign that something is wrong."""
 STARVED = 0.1
 """Share of the time spent waiting for data above which the log line says so."""
 
@@ -184,6 +187,7 @@ def training_line(record: dict[str, Any], train_iters: int, seconds_left: float)
         f"loss {_number(record['loss'], '.4f')}",
         f"lr {record['learning_rate']:.3e}",
         f"grad norm {_number(record['grad_norm'], '.3f')}",
+        *([f"trained {record['trained_share']:.1%}"] if record["trained_share"] < MOSTLY_TRAINED else []),
         f"{record['tokens_per_second']:,.0f} tokens/s",
     ]
     if "mfu_causal" in record:
@@ -233,6 +237,7 @@ def training_record(
         "tokens": progress.tokens,
         "tokens_per_second": speed,
         "targets": result.targets,
+        "trained_share": result.targets / run.config.batch.tokens,
         "loss_mean": progress.loss_sum / progress.loss_count if progress.loss_count else None,
         "skipped_steps": progress.skipped_steps,
         "data_wait_share": meter.data_wait / meter.seconds,

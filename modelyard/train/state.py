@@ -153,6 +153,8 @@ class Run:
         self.is_whole = True
         """Whether what is in memory is one state of the run, and may be saved."""
         self.went_back = False
+        self._stands_still = False
+        """Whether it was said that nothing is learned."""
         """Whether the last step made the run go back to a checkpoint."""
         self._saved: int | None = None
         self._saving: Save | None = None
@@ -458,6 +460,14 @@ class Run:
             self.progress.skipped_in_a_row = 0
             self.progress.loss_sum += result.loss
             self.progress.loss_count += 1
+            if result.grad_norm == 0 and not self._stands_still:
+                self._stands_still = True
+                self.events.add(
+                    "zero_gradient",
+                    self.progress.iteration,
+                    f"warning: iteration {self.progress.iteration}: the gradient is exactly 0 although {result.targets:,} tokens "
+                    "are trained on: nothing is learned",
+                )
         if spike is not None:
             say_spike(self, spike)
             if self.config.training.spikes.policy == "rollback" and roll_back(self, spike):

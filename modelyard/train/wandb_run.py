@@ -16,7 +16,7 @@ from modelyard.train.metrics import scalars
 
 # Events that people want to hear of where `alert.status_updates` is on.
 _NEWS = (
-    "started", "resumed", "save_failed", "checkpoint_damaged", "spike", "rolled_back", "slow_rank", "diverged",
+    "started", "resumed", "save_failed", "checkpoint_damaged", "spike", "rolled_back", "slow_rank", "diverged", "zero_gradient",
     "stopped", "shutdown", "finished", "failed",
 )  # fmt: skip
 

@@ -19,6 +19,8 @@ PARAMETERS = {
     "train-tiny": 1_311_872,
     "prepare-text": None,
     "prepare-code": None,
+    "prepare-conversations": None,
+    "fine-tune-llama-3.1-8b": None,
 }
 
 

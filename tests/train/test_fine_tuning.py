@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +18,12 @@ from modelyard.data.batch import Batch
 from modelyard.data.prepare import prepare
 from modelyard.data.store import TokenStore
 from modelyard.data.tokenizer import load_tokenizer
+from modelyard.train import state as state_module
 from modelyard.train.checkpoint import Checkpoint
 from modelyard.train.run import train
-from modelyard.train.step import train_step
+from modelyard.train.step import StepResult, train_step
 from tests.parallel.processes import run_distributed
-from tests.train.helpers import loaded, losses, new_run
+from tests.train.helpers import lines, loaded, losses, new_run
 
 pytestmark = pytest.mark.usefixtures("talks")
 
@@ -144,3 +147,25 @@ def test_only_answers_are_targets() -> None:
     assert "how?" not in said
     assert "im_start" not in said
     assert said.count("<|im_end|>") == (batch.labels == tokenizer.special_token("<|im_end|>", "end").id).sum()
+
+
+def test_a_gradient_of_nothing_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that learns nothing looks healthy otherwise: its loss stands still near where it began."""
+    true_step = state_module.train_step
+
+    def detached(*arguments: Any, **settings: Any) -> StepResult:
+        return replace(true_step(*arguments, **settings), grad_norm=0.0)
+
+    monkeypatch.setattr(state_module, "train_step", detached)
+    assert run("still") == 0
+    said = [event["text"] for event in lines("still/events.jsonl") if event["event"] == "zero_gradient"]
+    assert len(said) == 1
+    assert said[0].startswith("warning: iteration 1: the gradient is exactly 0 although ")
+    assert said[0].endswith(" tokens are trained on: nothing is learned")
+
+
+def test_the_log_says_what_share_is_trained_on() -> None:
+    assert run("share", "training.logs.interval=1") == 0
+    for record in lines("share/metrics.jsonl"):
+        assert record["trained_share"] == record["targets"] / (8 * 48)
+        assert f"| trained {record['trained_share']:.1%} |" in Path("share/log.txt").read_text()

@@ -55,12 +55,14 @@ def test_utilization_of_the_published_8b_run() -> None:
 def test_line_for_people() -> None:
     record = {
         "iteration": 10, "loss": 2.34567, "learning_rate": 3e-4, "grad_norm": 1.23456, "tokens_per_second": 12345.6,
-        "memory_bytes": 2**30, "data_wait_share": 0.015, "skipped_steps": 2,
+        "memory_bytes": 2**30, "data_wait_share": 0.015, "skipped_steps": 2, "trained_share": 0.95,
     }  # fmt: skip
     assert training_line(record, 100, 3661) == (
         "iteration 10/100 | loss 2.3457 | lr 3.000e-04 | grad norm 1.235 | 12,346 tokens/s | memory 1.00 GiB | "
         "data wait 1.5% | skipped 2 | ETA 1:01:01"
     )
+    half = training_line({**record, "trained_share": 0.5234}, 100, 1)
+    assert "| trained 52.3% |" in half
     starved = training_line({**record, "data_wait_share": 0.25}, 100, 1)
     assert "| data wait 25.0%: TRAINING WAITS FOR DATA |" in starved
     assert "| loss not finite |" in training_line({**record, "loss": None}, 100, 1)
