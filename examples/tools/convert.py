@@ -4,8 +4,8 @@
     python examples/tools/convert.py nestful.jsonl.gz calls.jsonl --definitions nestful_spec.json.gz --nested expression
     python examples/tools/convert.py glaive.jsonl calls.jsonl --valid-only --questions instructions.jsonl
 
-`modelyard prepare` reads the sets as they come (docs/tool-data.md); this is for looking at what it reads, for sets of many
-conversations a record, and for mixing in questions that need no tool although there are some (--questions).
+`modelyard prepare` reads the sets as they come (docs/tool-data.md); this is for looking at what it reads, for
+leaving out calls that do not fit their definitions, and for mixing in questions that need no tool (--questions).
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def read_arguments(text: str, positional: Sequence[str] | None = None) -> dict[s
     except (SyntaxError, RecursionError, MemoryError):  # a ValueError is one already
         raise ValueError("it is no expression") from None
     # `a)(b` or `a) + (b` between the parentheses would be another expression altogether.
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id != "_":
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
         raise ValueError("it is no expression")
     return _arguments(call, positional)
 

@@ -56,8 +56,11 @@ class Reading:
     """What the assistant says in a message that calls tools, which Llama 3.1's format has no place for. (all formats)"""
 
 
+AS_IT_COMES = Reading()
+
+
 def read_record(
-    record: Mapping[str, Any], format: Format | None = None, reading: Reading = Reading()
+    record: Mapping[str, Any], format: Format | None = None, reading: Reading = AS_IT_COMES
 ) -> Conversation:
     """The conversation of a record. Raises ConversationError, which says what is wrong with it."""
     found = list(read_records(record, format, reading))
@@ -71,7 +74,7 @@ def read_record(
 
 
 def read_records(
-    record: Mapping[str, Any], format: Format | None = None, reading: Reading = Reading()
+    record: Mapping[str, Any], format: Format | None = None, reading: Reading = AS_IT_COMES
 ) -> Iterable[Conversation | ConversationError]:
     """The conversations of a record, one but for toolalpaca, where a record is an API with many questions; for each that is
     of no use, why."""

@@ -20,6 +20,7 @@ from referencing.exceptions import Unresolvable
 
 from modelyard.chat.conversation import Call, Conversation
 from modelyard.chat.expression import Inner, has_calls, read_arguments
+from modelyard.chat.tool_data.definitions import TYPE_NAMES
 from modelyard.errors import did_you_mean
 
 Reason = Literal[
@@ -110,24 +111,21 @@ def _problem(name: str, arguments: Any, definitions: Mapping[str, Mapping[str, A
     try:
         validator = _validator(json.dumps(schema))
     except SchemaError as error:
-        at = "".join(f".{step}" for step in error.absolute_path)
-        return Problem(
-            "bad definition", f"parameters{at} of {name} is no JSON schema: {_line(error.message)}"
-        )
+        return _no_schema(name, error)
     if unknown := _unknown(arguments, schema):
         hint = did_you_mean(unknown, schema["properties"]) or f"; there are {_listed(schema['properties'])}"
         return Problem("unknown argument", f"'{unknown}' is no argument of {name}{hint}")
     try:
         # What a result will be is not known: what is said about it, or about something that has it inside, is left out.
-        error = best_match(
+        worst = best_match(
             error
             for error in validator.iter_errors(arguments)
             if not has_calls(error.instance) or error.validator in ("required", "additionalProperties")
         )
     except (Unresolvable, RecursionError, re.error) as broken:
         return Problem("bad definition", f"parameters of {name} cannot be checked: {_line(str(broken))}")
-    if error is not None:
-        return _explained(name, error)
+    if worst is not None:
+        return _explained(name, worst)
     for key, value in arguments.items():
         for inner in _inner(value):
             called = inner.arguments
@@ -168,21 +166,33 @@ def _unknown(arguments: Mapping[str, Any], schema: Any) -> str | None:
     return next((name for name in arguments if name not in schema["properties"]), None)
 
 
+def _no_schema(name: str, error: SchemaError) -> Problem:
+    at = "".join(f".{step}" for step in error.absolute_path)
+    why = _line(error.message)
+    if error.absolute_path and error.absolute_path[-1] == "type":
+        meant = TYPE_NAMES.get(str(error.instance).lower())
+        why = f"{_shown(error.instance)} is none of its types" + (
+            f"; did you mean '{meant}'?" if meant else ""
+        )
+    return Problem("bad definition", f"parameters{at} of {name} is no JSON schema: {why}")
+
+
 def _explained(name: str, error: ValidationError) -> Problem:
     where = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in error.absolute_path)
     what = f"argument {where[1:]} of {name}" if where else f"the arguments of {name}"
+    rule: Any = error.validator_value
+    schema: Any = error.schema
     if error.validator == "required" and isinstance(error.instance, Mapping):
-        missing = [key for key in error.validator_value if key not in error.instance]
-        given = [key for key in error.instance if key not in error.schema.get("properties", {})]
+        missing = [key for key in rule if key not in error.instance]
+        given = [key for key in error.instance if key not in schema.get("properties", {})]
         hint = f" (given: '{given[0]}')" if given else ""
         inside = f" of {where[1:]}" if where else ""
         return Problem("missing argument", f"'{missing[0]}'{inside} is missing in the call of {name}{hint}")
     if error.validator == "type":
-        wanted = error.validator_value
-        wanted = wanted if isinstance(wanted, str) else " or ".join(map(str, wanted))
+        wanted = rule if isinstance(rule, str) else " or ".join(map(str, rule))
         return Problem("wrong type", f"{what} is {_shown(error.instance)}, not of type {wanted}")
     if error.validator in ("enum", "const"):
-        allowed = error.validator_value if error.validator == "enum" else [error.validator_value]
+        allowed = rule if error.validator == "enum" else [rule]
         hint = did_you_mean(str(error.instance), map(str, allowed))
         values = ", ".join(map(_shown, allowed[:8])) + (", …" if len(allowed) > 8 else "")
         return Problem(

@@ -39,7 +39,8 @@ class Segment:
     """False in a message that is left out of the loss."""
 
 
-_TRAINED_KINDS = (Kind.CONTENT, Kind.TOOL_CALL, Kind.TERMINATOR)
+TRAINED_KINDS = (Kind.CONTENT, Kind.TOOL_CALL, Kind.TERMINATOR)
+"""What an assistant says."""
 _NO_ROLE = len(ROLES)
 _UNTRAINED = 1 << 6
 
@@ -62,7 +63,7 @@ def role_of(value: int) -> Role | None:
 LossLane = Literal["sft", "last_answer", "all"]
 
 _SFT = np.zeros(256, bool)
-_SFT[[lane_value(Segment("", kind, "assistant")) for kind in _TRAINED_KINDS]] = True
+_SFT[[lane_value(Segment("", kind, "assistant")) for kind in TRAINED_KINDS]] = True
 
 
 def trained(kinds: np.ndarray, lane: LossLane = "sft") -> np.ndarray:

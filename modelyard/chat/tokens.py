@@ -37,7 +37,9 @@ def tokenize_many(conversations: Sequence[Sequence[Segment]], tokenizer: Tokeniz
     segments = [segment for conversation in conversations for segment in conversation]
     texts = {segment.text: replace_surrogates(segment.text) for segment in segments if not segment.special}
     pieces = dict(zip(texts, tokenizer.encode_ids(list(texts.values())), strict=True))
-    specials = {name: np.array([number], np.uint32) for name, number in require_specials(segments, tokenizer).items()}
+    specials = {
+        name: np.array([number], np.uint32) for name, number in require_specials(segments, tokenizer).items()
+    }
     for conversation in conversations:
         ids = [specials[s.text] if s.special else pieces[s.text] for s in conversation]
         values = np.array([lane_value(segment) for segment in conversation], np.uint8)

@@ -105,6 +105,11 @@ class ConversationsConfig(Section):
     nested: Literal["turns", "expression"] = "turns"
     """Of tool-call sets with calls inside calls: each call and its result a turn of its own, or one expression, `f(g(x))`.
     Default turns."""
+    definitions: Path | None = None
+    """Of tool-call sets that keep the tools' definitions in a file (or folder) of their own: that file. Default none."""
+    text_beside_calls: Literal["keep", "drop"] = "keep"
+    """What the assistant says in a message that calls tools; Llama 3.1's format has no place for it, and refuses such a
+    message unless it is dropped. Default keep."""
     unusable: Literal["error", "drop"] = "error"
     """What a record does that cannot be used (a broken one, one without anything to train on, one that the chat format cannot
     hold): stop with its name, or be left out and counted. Default error."""

@@ -24,6 +24,7 @@ from modelyard.config.data import (
 )
 from modelyard.data.foreign import ForeignStore
 from modelyard.data.foreign_file import open_store
+from modelyard.data.lanes import has_kinds
 from modelyard.data.order import derive_key, keyed_hash
 from modelyard.data.store import TokenStore
 from modelyard.errors import UserError
@@ -153,10 +154,21 @@ class SlicedDataset:
 
 
 class ConcatenatedDatasets:
-    """The documents of several datasets, one after the other (`concatenated`)."""
+    """The documents of several datasets, one after the other (`concatenated`).
+
+    Raises:
+        UserError: some are conversations and some are not.
+    """
 
     def __init__(self, name: str, datasets: Sequence[IndexedDataset]):
         self.name = name
+        if len({has_kinds(dataset) for dataset in datasets}) > 1:
+            # Nothing would say which tokens are trained on, and all of them would be.
+            named = next(dataset.name for dataset in datasets if has_kinds(dataset))
+            raise UserError(
+                f"'{name}' joins conversations ({named}) with other documents; blend them (type: blended), or prepare all of them "
+                "as conversations"
+            )
         self._datasets = datasets
         self._first = [0, *accumulate(dataset.num_documents for dataset in datasets)]
         self._before = [0, *accumulate(dataset.num_tokens for dataset in datasets)]

@@ -11,7 +11,7 @@ from tokenizers import Encoding
 from modelyard.chat.conversation import Conversation, ConversationError, Message
 from modelyard.chat.families import Family
 from modelyard.chat.format import chat_files
-from modelyard.chat.formats import Format, read_record
+from modelyard.chat.formats import Format, Reading, read_records
 from modelyard.chat.segments import Kind, trained
 from modelyard.chat.tokens import require_specials, tokenize_many, untrained_reason
 from modelyard.data.lanes import KIND_LANE, MASK_LANE
@@ -54,8 +54,8 @@ class Conversations:
     family: Family
     format: Format | None
     """Of the records; None: told by their columns."""
-    expressions: bool
-    """Whether calls inside calls are written as one expression."""
+    reading: Reading
+    """What the format leaves open."""
     drop: bool
     """Whether a record that cannot be used is left out."""
 
@@ -161,28 +161,34 @@ def _tokenize_conversations(
             result.empty += 1  # an empty line
             continue
         try:
-            conversation = read_record(record.conversation, conversations.format)
-            segments = conversations.family.render(conversation)
-            require_specials(segments, job.tokenizer)
-            rendered.append(segments)
-            numbers.append(number)
+            found = list(read_records(record.conversation, conversations.format, conversations.reading))
         except ConversationError as error:
-            problems.append((number, str(error)))
+            found = [error]
+        for conversation in found:
+            try:
+                if isinstance(conversation, ConversationError):
+                    raise conversation
+                segments = conversations.family.render(conversation)
+                require_specials(segments, job.tokenizer)
+                rendered.append(segments)
+                numbers.append(number)
+            except ConversationError as error:
+                problems.append((number, str(error)))
     kept = []
-    for number, found in zip(numbers, tokenize_many(rendered, job.tokenizer), strict=True):
-        if reason := untrained_reason(found):
+    for number, tokenized in zip(numbers, tokenize_many(rendered, job.tokenizer), strict=True):
+        if reason := untrained_reason(tokenized):
             problems.append((number, reason))
         else:
-            kept.append((number, found))
+            kept.append((number, tokenized))
     if problems and not conversations.drop:
         return _failed(*_in_one(sorted(problems)))
     result.unusable = len(problems)
     if kept:
-        result.lengths = np.array([len(found.ids) for _, found in kept], np.int64)
+        result.lengths = np.array([len(tokenized.ids) for _, tokenized in kept], np.int64)
         result.tokens = np.concatenate(
-            [found.ids for _, found in kept], dtype=TOKEN_TYPES[job.dtype], casting="unsafe"
+            [tokenized.ids for _, tokenized in kept], dtype=TOKEN_TYPES[job.dtype], casting="unsafe"
         )
-        result.lane = np.concatenate([found.kinds for _, found in kept])
+        result.lane = np.concatenate([tokenized.kinds for _, tokenized in kept])
         result.columns = [record.columns for number, _ in kept if (record := records[number]) is not None]
         in_loss = trained(result.lane)
         result.trained = int(np.count_nonzero(in_loss))
@@ -195,7 +201,8 @@ _MOST_NAMED = 5
 
 def _in_one(problems: Sequence[tuple[int, str]]) -> tuple[int, str]:
     """The first of the problems of a chunk, with a word on the others."""
-    (first, reason), others = problems[0], [number for number, _ in problems[1:]]
+    first, reason = problems[0]
+    others = sorted({number for number, _ in problems} - {first})
     if others:
         # Records are numbered from the first of the file; here only how far on they are is known.
         named = ", ".join(f"+{number - first}" for number in others[:_MOST_NAMED])

@@ -9,6 +9,7 @@ several processes prepare together, each makes parts of the source (`parts.py`) 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -21,8 +22,9 @@ import tokenizers
 import yaml
 
 from modelyard.chat.format import family_from
-from modelyard.chat.formats import FORMATS, Format
+from modelyard.chat.formats import FORMATS, Format, Reading
 from modelyard.chat.template import Template
+from modelyard.chat.tool_data.definitions import load_definitions
 from modelyard.config.disk import size
 from modelyard.config.prepare import ConversationsConfig, PrepareConfig
 from modelyard.data import sources
@@ -59,7 +61,7 @@ from modelyard.data.tokenizer import (
     load_tokenizer,
     separator_notice,
 )
-from modelyard.errors import UserError, did_you_mean
+from modelyard.errors import UserError, did_you_mean, missing_path
 from modelyard.parallel.rank import wait_for_the_main_process
 
 COMPRESSED_GROWTH = 3.5
@@ -310,7 +312,12 @@ def _conversations(config: ConversationsConfig, tokenizer: Tokenizer, notices: l
         )
         notices.append(f"conversations are written in {how} (dataset.conversations.family: auto)")
     format = None if config.format == "auto" else cast(Format, config.format)
-    return Conversations(family, format, config.nested == "expression", config.unusable == "drop")
+    reading = Reading(config.nested, config.definitions, config.text_beside_calls)
+    if reading.definitions is not None:
+        if not reading.definitions.exists():
+            raise UserError(f"dataset.conversations.definitions: {missing_path(reading.definitions)}")
+        load_definitions(reading.definitions)  # a file that is none is told now, not at the first record
+    return Conversations(family, format, reading, config.unusable == "drop")
 
 
 def run_prepare(config: PrepareConfig, *, overwrite: bool = False) -> int:
@@ -344,14 +351,23 @@ def _record(config: PrepareConfig, job: Job) -> dict[str, Any]:
             "tokenize_workers": True,
             "saving_workers": True,
             "distributed": True,
-            "dataset": {"path", "trust_remote_code", "disable_disk_space_check"},
+            "dataset": {
+                "path": True,
+                "trust_remote_code": True,
+                "disable_disk_space_check": True,
+                "conversations": {"definitions"},
+            },
             "tokenizer": {"path"},
         },
     )
     files = {
         name: hashlib.sha256(content).hexdigest() for name, content in sorted(job.tokenizer.files().items())
     }
-    return {"version": 1, "config": settings, "source": job.source.identity(), "tokenizer": files}
+    record = {"version": 1, "config": settings, "source": job.source.identity(), "tokenizer": files}
+    if job.conversations is not None and (path := job.conversations.reading.definitions) is not None:
+        content = json.dumps(load_definitions(path)).encode()
+        record["definitions"] = hashlib.sha256(content).hexdigest()
+    return record
 
 
 def _summary(

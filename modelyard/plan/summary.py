@@ -30,7 +30,7 @@ from modelyard.config.pretrained import unreadable_weights
 from modelyard.config.scales import rate_scales
 from modelyard.config.traces import trace_warnings
 from modelyard.config.train import TrainConfig
-from modelyard.data.lanes import MASK_LANE
+from modelyard.data.lanes import MASK_LANE, has_kinds
 from modelyard.data.stream import DataStream, ids_outside_vocabulary
 from modelyard.errors import UserError, missing_path
 from modelyard.plan.layout import layout_rows
@@ -250,7 +250,10 @@ def _data_rows(
         streams.append(stream)
         rows += [(name, _source_text(name, facts)) for facts in found]
     problems += ids_outside_vocabulary(streams)
-    masked = [MASK_LANE in below.lanes for stream in streams for below in stream.datasets]
+    datasets = [dataset for stream in streams for dataset in stream.datasets]
+    if any(map(has_kinds, datasets)):
+        rows.append(("conversations", f"packed whole, trained on by the loss lane {config.batch.loss_lane}"))
+    masked = [MASK_LANE in dataset.lanes or has_kinds(dataset) for dataset in datasets]
     if config.batch.use_loss_masking_spans == "auto" and masked and not any(masked):
         rows.append(("loss", NO_MASKS))
     return rows

@@ -20,6 +20,8 @@ class Cell:
     ids: tuple[int, ...]
     kind: CellKind
     special: bool = False
+    said: int | None = None
+    """What it is in a conversation (`modelyard.chat.segments.lane_value`); None: part of none."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from modelyard.config.loader import Loaded
@@ -15,10 +16,11 @@ from modelyard.config.pretrained import model_tokenizer
 from modelyard.config.train import TrainConfig
 from modelyard.config.training import LossEvaluatorConfig
 from modelyard.data.datasets import IndexedDataset, RandomTokens, stores
+from modelyard.data.lanes import MASK_LANE, has_kinds
 from modelyard.data.layout import IGNORED, Layout
 from modelyard.data.rows import Piece
-from modelyard.data.lanes import MASK_LANE
 from modelyard.data.stream import DataStream
+from modelyard.data.tokenizer import Tokenizer
 from modelyard.data.tokenizer_difference import tokenizer_difference
 from modelyard.errors import UserError
 from modelyard.plan.summary import ANY_VOCABULARY, NO_MASKS
@@ -35,6 +37,15 @@ from modelyard.report.inspect_data import (
     scan_values,
     separator_warning,
 )
+from modelyard.report.inspect_kinds import (
+    LANE_WORDS,
+    answers_text,
+    judge_lanes,
+    kinds_table,
+    kinds_values,
+    spans_values,
+)
+from modelyard.report.inspect_lanes import TurnTokens
 from modelyard.report.inspect_rows import show_rows
 from modelyard.report.inspect_scan import Lengths, Scan, read_lengths, scan
 from modelyard.report.inspect_tokens import Vocabulary
@@ -56,26 +67,23 @@ def inspect_config(loaded: Loaded, options: Options, inspection: Inspection) -> 
     inspection.fault(*loaded.problems)
     inspection.warn(*loaded.warnings)
     batch = config.batch
-    inspection.add(Heading("batch"), Facts(_batch_facts(config, loaded)))
-    first: tuple[DataStream, list[_Part]] | None = None
-    masked: list[bool] = []
-    for name in _names_read(config):
-        stream = _open(config, name, vocab_size, inspection)
-        if stream is None:
-            continue
-        parts = _parts(config, name, stream, vocab_size, options, inspection)
-        masked += [MASK_LANE in dataset.lanes for dataset in stream.datasets]
-        _show_dataset(config, name, stream, parts, options, inspection)
-        if name == "training":
-            first = (stream, parts)
+    opened = {name: _open(config, name, vocab_size, inspection) for name in _names_read(config)}
+    streams = {name: stream for name, stream in opened.items() if stream is not None}
+    datasets = [dataset for stream in streams.values() for dataset in stream.datasets]
+    inspection.add(Heading("batch"), Facts(_batch_facts(config, loaded, datasets)))
+    tokenizers = _Tokenizers(config, inspection)
+    found = {}
+    for name, stream in streams.items():
+        found[name] = _parts(config, name, stream, vocab_size, tokenizers, options, inspection)
+        _show_dataset(config, name, stream, found[name], options, inspection)
+    masked = [MASK_LANE in dataset.lanes or has_kinds(dataset) for dataset in datasets]
     if batch.use_loss_masking_spans == "auto" and masked and not any(masked):
         inspection.add(Note(f"{NO_MASKS[0].upper()}{NO_MASKS[1:]}."))
-    if first is None:
+    if "training" not in streams:
         return
-    stream, parts = first
+    stream, parts = streams["training"], found["training"]
     _check_tokenizers(config, parts, inspection)
-    folder = config.data.tokenizer.path or stream.tokenizer_folder
-    tokenizer = open_tokenizer(folder, inspection)
+    tokenizer = tokenizers.of(stream.tokenizer_folder)
     for part in parts:
         separator_warning(inspection, tokenizer, part.origin, part.dataset.name)
     begin = options.iteration * batch.batch_size
@@ -94,15 +102,59 @@ class _Part:
     found: Scan
 
 
-def _batch_facts(config: TrainConfig, loaded: Loaded) -> list[tuple[str, str]]:
+class _Tokenizers:
+    """Tokenizers by folder, each opened once; the config's own takes the place of all of them."""
+
+    def __init__(self, config: TrainConfig, inspection: Inspection):
+        self._own = config.data.tokenizer.path
+        self._inspection = inspection
+        self._opened: dict[Path | None, Tokenizer | None] = {}
+
+    def of(self, folder: Path | None) -> Tokenizer | None:
+        """The one of data that came with `folder`; None, with a warning, where there is none to be had."""
+        folder = self._own or folder
+        if folder not in self._opened:
+            self._opened[folder] = open_tokenizer(folder, self._inspection)
+        return self._opened[folder]
+
+
+_OVER_LONG = {
+    "cut": "are cut into rows, nothing is lost",
+    "drop": "are left out",
+    "split": "are spread over several rows, nothing is lost",
+    "error": "stop the run (batch.overlong)",
+}
+
+
+def _over_long(config: TrainConfig, dataset: IndexedDataset) -> str:
+    """What becomes of documents of a dataset that are longer than a row: a key of `_OVER_LONG`."""
+    batch, conversations = config.batch, has_kinds(dataset)
+    if batch.truncate_documents and not conversations:
+        return "cut"
+    return ("error" if conversations else "drop") if batch.overlong == "auto" else batch.overlong
+
+
+def _batch_facts(
+    config: TrainConfig, loaded: Loaded, datasets: Sequence[IndexedDataset]
+) -> list[tuple[str, str]]:
     batch = config.batch
     isolate = not batch.cross_document_attention
+    conversations = [has_kinds(dataset) for dataset in datasets]
+    cut = batch.truncate_documents and not (conversations and all(conversations))
+    loss = {
+        True: "on what the loss mask leaves",
+        False: "on every token, without a loss mask",
+        "auto": "on what the loss mask leaves, where the data has one",
+    }[batch.use_loss_masking_spans]
+    if any(conversations):
+        of_them = f"of conversations on {LANE_WORDS[batch.loss_lane]} (batch.loss_lane: {batch.loss_lane})"
+        loss = of_them if all(conversations) else f"{of_them}; of other documents {loss}"
     return [
         ("rows", f"{batch.batch_size:,} of {batch.sequence_length:,} tokens: {batch.tokens:,} an iteration"),
         (
             "documents",
-            "cut where a row ends"
-            if batch.truncate_documents
+            ("cut where a row ends" + ("; conversations whole" if any(conversations) else ""))
+            if cut
             else "whole, packed best-fit, the rest of a row is padding",
         ),
         (
@@ -111,14 +163,7 @@ def _batch_facts(config: TrainConfig, loaded: Loaded) -> list[tuple[str, str]]:
             if isolate
             else "over the whole row, across documents",
         ),
-        (
-            "loss",
-            {
-                True: "on what the loss mask leaves",
-                False: "on every token, without a loss mask",
-                "auto": "on what the loss mask leaves, where the data has one",
-            }[batch.use_loss_masking_spans],
-        ),
+        ("loss", loss),
         (
             "vocabulary",
             f"{loaded.architecture.vocab_size:,} tokens"
@@ -142,13 +187,14 @@ def _open(config: TrainConfig, name: str, vocab_size: int, inspection: Inspectio
     """The stream that training would read; where it would refuse, its reason is a fault and the data is shown anyway."""
     rows = config.training.train_iters * config.batch.batch_size if name == "training" else None
     reported: list[str] = []
-    for size in (vocab_size, ANY_VOCABULARY):
+    leaving_out = config.batch.model_copy(update={"overlong": "drop"})
+    for batch, size in product((config.batch, leaving_out), (vocab_size, ANY_VOCABULARY)):
         try:
             return DataStream(
                 config.data.datasets[name],
                 name=name,
                 sampling=config.data.sampling,
-                batch=config.batch,
+                batch=batch,
                 vocab_size=size,
                 total_rows=rows,
             )
@@ -168,9 +214,11 @@ def _parts(
     name: str,
     stream: DataStream,
     vocab_size: int,
+    tokenizers: _Tokenizers,
     options: Options,
     inspection: Inspection,
 ) -> list[_Part]:
+    spans = bool(config.batch.use_loss_masking_spans)
     total = sum(min(dataset.num_tokens, options.scan_limit) for dataset in stream.datasets)
     parts = []
     with progress(name, total) as advance:
@@ -190,11 +238,21 @@ def _parts(
                 eos=origin.token("eos"),
                 # Random tokens are what they are.
                 limit=0 if isinstance(dataset, RandomTokens) else options.scan_limit,
+                loss_lane=config.batch.loss_lane,
+                turns=TurnTokens.of(tokenizers.of(dataset.tokenizer_folder))
+                if spans and MASK_LANE in dataset.lanes
+                else None,
                 progress=advance,
             )
             lengths = read_lengths(dataset)
-            judge(inspection, dataset, lengths, found, mask_used=bool(config.batch.use_loss_masking_spans))
-            if MASK_LANE in dataset.lanes and not config.batch.use_loss_masking_spans:
+            judge(inspection, dataset, lengths, found, mask_used=spans)
+            judge_lanes(inspection, dataset, found, mask_used=spans)
+            if has_kinds(dataset) and config.batch.cross_document_attention:
+                inspection.warn(
+                    f"{dataset.name}: the conversations of a row see one another; batch.cross_document_attention: no keeps "
+                    "them apart"
+                )
+            if MASK_LANE in dataset.lanes and not has_kinds(dataset) and not spans:
                 inspection.warn(
                     f"{dataset.name} has a loss mask that is not used: write batch.use_loss_masking_spans: yes, or "
                     "everything in it is trained on"
@@ -323,6 +381,9 @@ def _show_dataset(
                 "epochs": fact["epochs"] if total_rows else None,
                 **length_values(part.lengths),
                 **scan_values(part.found),
+                **kinds_values(part.found.kinds),
+                **spans_values(part.found.spans),
+                "over_long": _over_long(config, part.dataset),
             }
         )
         _judge_rows(config, part, over, over_tokens, own, inspection)
@@ -347,19 +408,30 @@ def _show_dataset(
         Note(
             f"Measured over {all_rows:,} rows, the first {batches:,} batch{'es' if batches != 1 else ''}: fill (tokens of "
             f"documents ÷ the room of {room:,} in a row), trained (positions with a target), and the share of rows that it got. "
-            f"Over-long documents have more than {room:,} tokens: "
-            + (
-                "they are cut into rows, nothing is lost."
-                if batch.truncate_documents
-                else "they are left out."
-            )
+            f"Over-long documents have more than {room:,} tokens: {_over_long_text(config, parts)}."
         )
     )
     for part in parts:
+        if (kinds := part.found.kinds) is not None and kinds.rows():
+            inspection.add(
+                Heading(f"tokens of {part.dataset.name} by kind", part=True),
+                kinds_table(kinds),
+                Note(
+                    f"Answers: {answers_text(kinds)}; {kinds.trained.sum() / kinds.tokens.sum():.1%} of the tokens are trained on."
+                ),
+            )
         if not part.found.whole:
             inspection.add(Note(f"{part.dataset.name}: {scan_text(part.dataset, part.found)}."))
         inspection.add(length_chart(part.dataset.name, part.lengths, room))
     inspection.values.setdefault("datasets", {})[name] = values
+
+
+def _over_long_text(config: TrainConfig, parts: Sequence[_Part]) -> str:
+    """What becomes of them, told apart where that differs."""
+    fates = {has_kinds(part.dataset): _OVER_LONG[_over_long(config, part.dataset)] for part in parts}
+    if len(set(fates.values())) == 1:
+        return f"they {next(iter(fates.values()))}"
+    return f"conversations {fates[True]}; other documents {fates[False]}"
 
 
 def _percent(share: float | None) -> str:
@@ -369,15 +441,16 @@ def _percent(share: float | None) -> str:
 def _judge_rows(
     config: TrainConfig, part: _Part, over: int, over_tokens: int, own: _Measured, inspection: Inspection
 ) -> None:
-    name, batch = part.dataset.name, config.batch
+    name = part.dataset.name
     if own.rows and not own.targets:
         inspection.fault(f"{name}: none of the {own.rows:,} rows measured has a token to train on")
     elif own.empty_rows:
         inspection.warn(f"{name}: {own.empty_rows:,} of {own.rows:,} rows measured have nothing to train on")
-    if over and not batch.truncate_documents:
+    if over and _over_long(config, part.dataset) == "drop":
+        other = "batch.overlong: split" if has_kinds(part.dataset) else "batch.truncate_documents: yes"
         inspection.warn(
             f"{name}: {over:,} documents with {over_tokens:,} tokens ({over_tokens / part.dataset.num_tokens:.1%}) are longer "
-            f"than a row and left out: raise batch.sequence_length, or write batch.truncate_documents: yes"
+            f"than a row and left out: raise batch.sequence_length, or write {other}"
         )
 
 

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from modelyard.data.datasets import IndexedDataset
-from modelyard.data.lanes import MASK_LANE
+from modelyard.data.lanes import KIND_LANE, MASK_LANE
 from modelyard.data.tokenizer import Tokenizer, load_tokenizer, separator_notice
 from modelyard.errors import UserError
 from modelyard.report.inspect_blocks import Cell, CellKind, Histogram, Inspection
-from modelyard.report.inspect_scan import Lengths, Scan, Seen
+from modelyard.report.inspect_lanes import Seen
+from modelyard.report.inspect_scan import Lengths, Scan
 
 UNTRAINED_SHARE = 0.5
 """Documents with nothing to train on are a fault from this share on, a warning below: a few come of long prompts."""
@@ -97,7 +98,7 @@ def omitted(count: int) -> Cell:
 
 
 def mask_kinds(mask: np.ndarray | None, count: int) -> list[CellKind]:
-    """The kind of each of `count` tokens by the loss mask alone."""
+    """The kind of each of `count` tokens by which of them are no targets, bool [count]."""
     return ["trained"] * count if mask is None else ["masked" if left_out else "trained" for left_out in mask]
 
 
@@ -148,12 +149,9 @@ def judge(
 ) -> None:
     """Faults and warnings of what the scan met."""
     name = dataset.name
-    share = scan.documents / max(dataset.num_documents, 1)
-    of = f"{scan.documents:,} documents" + ("" if scan.whole else f" read ({share:.1%} of all)")
 
     def seen(found: Seen, what: str, advice: str) -> str:
-        assert found.first is not None
-        return f"{name}: {found.count:,} of {of} {what} (the first is {dataset.where(found.first)}); {advice}"
+        return seen_text(dataset, scan, found, what, advice)
 
     if lengths.empty:
         inspection.fault(
@@ -182,7 +180,7 @@ def judge(
             inspection.warn(
                 seen(missing, what, "the manifest says that they have it: prepare the data again")
             )
-    if scan.masked is not None and mask_used and scan.documents:
+    if scan.masked is not None and scan.kinds is None and mask_used and scan.documents:
         if scan.masked == scan.tokens:
             inspection.fault(f"{name}: every one of {scan.tokens:,} tokens is masked: nothing would be trained; look at "
                              "the spans of the data (dataset.loss_masking_spans holds what is left out)")  # fmt: skip
@@ -199,12 +197,22 @@ def judge(
         )
 
 
+def seen_text(dataset: IndexedDataset, scan: Scan, found: Seen, what: str, advice: str) -> str:
+    """`s: 3 of 90 documents lack a begin (the first are document 1 of s, …); do this`."""
+    share = scan.documents / max(dataset.num_documents, 1)
+    of = f"{scan.documents:,} documents" + ("" if scan.whole else f" read ({share:.1%} of all)")
+    verb = "is" if found.count == 1 else "are"
+    named = ", ".join(map(dataset.where, found.named))
+    return f"{dataset.name}: {found.count:,} of {of} {what} (the first {verb} {named}); {advice}"
+
+
 def separator_warning(inspection: Inspection, tokenizer: Tokenizer | None, origin: Origin, name: str) -> None:
     """Say where plain text ends with an end-of-turn token, as `prepare` does."""
     from modelyard.data.tokenizer import DocumentFrame, SpecialToken
 
     eos = origin.token("eos")
-    if tokenizer is None or eos is None or any(MASK_LANE in store["lanes"] for store in origin.stores):
+    lanes = {lane for store in origin.stores for lane in store["lanes"]}
+    if tokenizer is None or eos is None or lanes & {MASK_LANE, KIND_LANE}:
         return
     text = tokenizer.backend.id_to_token(eos)
     if text is not None and (

@@ -17,6 +17,7 @@ from modelyard.report.inspect_blocks import (
     Tokens,
     clean,
 )
+from modelyard.report.inspect_kinds import is_assistants, kind_name, role_name
 from modelyard.report.page import html_page
 
 _STYLES = """
@@ -46,6 +47,24 @@ b.r { color: var(--muted); font-style: italic; }
 b.s { font-weight: 650; color: var(--series-4); outline: 1px solid color-mix(in srgb, var(--series-4) 45%, transparent);
   outline-offset: -1px; }
 b.s.m { opacity: .75; }
+b.k { --of: var(--series-8); background: color-mix(in srgb, var(--of) 12%, transparent); }
+b.k.o { background: color-mix(in srgb, var(--of) 24%, transparent); }
+b.k.y { background: color-mix(in srgb, var(--of) 26%, transparent); box-shadow: inset 0 -2px var(--of); }
+b.k.y.o { background: color-mix(in srgb, var(--of) 42%, transparent); }
+b.k0, b.k1, b.k6 { color: var(--muted); }
+b.k2 { --of: var(--series-1); }
+b.k2.a { --of: var(--series-3); }
+b.k3 { --of: var(--series-4); font-style: italic; }
+b.k4 { --of: var(--series-5); font-style: italic; }
+b.k5 { --of: var(--series-2); }
+b.k.s { color: var(--muted); outline: none; font-weight: 650; }
+b.k3.s, b.k5.s { color: var(--of); }
+#what { flex-basis: 100%; font: 13px/1.4 var(--code-font); color: var(--muted); min-height: 1.4em; overflow-wrap: anywhere; }
+@media (max-width: 700px) {
+  .legend:has(#what) { position: static; }
+  #what.on { position: fixed; z-index: 1; bottom: 0; left: 0; right: 0; padding: 8px 16px; color: var(--ink);
+    background: var(--surface); border-top: 1px solid var(--line); }
+}
 .ids b[data-i]::after { content: attr(data-i); font-size: 9px; vertical-align: sub; color: var(--muted); padding: 0 2px; }
 """
 
@@ -54,13 +73,31 @@ document.getElementById("ids")?.addEventListener("click", (event) => {
   const on = document.body.classList.toggle("ids");
   event.currentTarget.setAttribute("aria-pressed", on);
 });
+// The same as the pointer's hint, where there is no pointer.
+document.querySelector("main").addEventListener("click", (event) => {
+  const place = document.getElementById("what");
+  if (place && event.target.matches(".text b[title]")) {
+    place.textContent = `${event.target.textContent} · ${event.target.title}`;
+    place.className = "on";
+  }
+});
 """
 
 _LEGEND = """\
 <div class="legend"><span><b class="t">trained</b><b class="t o"> token</b></span>
 <span><b class="m">not a</b><b class="m o"> target</b></span><span><b class="t s">special</b></span>
+%s"""
+_LEGEND_OF_KINDS = """\
+<div class="legend"><span><b class="k k1 o">begin, header</b></span>
+<span><b class="k k2">user</b><b class="k k2 o"> and system</b></span><span><b class="k k2 a o">assistant</b></span>
+<span><b class="k k3">tool</b><b class="k k3 o"> call</b></span><span><b class="k k4">tool</b><b class="k k4 o"> result</b></span>
+<span><b class="k k5 o s">terminator</b></span><span><b class="k k6 o">separator</b></span>
+<span><b class="k k2 a y">underlined:</b><b class="k k2 a y o"> trained on</b></span>
+%s"""
+_LEGEND_END = """\
 <span class="muted">· space &nbsp; ⇥ tab &nbsp; ⏎ line break</span>
-<button id="ids" type="button" aria-pressed="false">Token ids</button></div>"""
+<button id="ids" type="button" aria-pressed="false">Token ids</button>%s</div>"""
+_READOUT = '<span id="what" aria-live="polite">Point at a token, or tap it: what it is, who says it, its number.</span>'
 
 _LETTERS = {"trained": "t", "masked": "m", "padding": "p", "remark": "r"}
 
@@ -78,8 +115,19 @@ def page_of(inspection: Inspection) -> str:
     for number, block in enumerate(inspection.blocks):
         parts.append(_block(block))
         if number == legend_at:
-            parts.append(_LEGEND)
+            parts.append(_legend(inspection.blocks))
     return html_page(clean(inspection.title), "\n".join(parts), styles=_STYLES, script=_SCRIPT)
+
+
+def _legend(blocks: Sequence[Block]) -> str:
+    """What the tokens look like: those of conversations, the others, or both."""
+    cells = [cell for block in blocks if isinstance(block, Tokens) for cell in block.cells]
+    of_kinds = any(cell.said is not None for cell in cells)
+    if not of_kinds:
+        return _LEGEND % (_LEGEND_END % "")
+    others = any(cell.said is None and cell.kind in ("trained", "masked") for cell in cells)
+    first = f"{_LEGEND % ''}</div>" if others else ""
+    return first + _LEGEND_OF_KINDS % (_LEGEND_END % _READOUT)
 
 
 def _section_of_tokens(blocks: Sequence[Block]) -> int | None:
@@ -145,9 +193,17 @@ def _histogram(block: Histogram) -> str:
 
 
 def _cell(cell: Cell, odd: bool) -> str:
-    kind = _LETTERS[cell.kind] + (" o" if odd else "") + (" s" if cell.special else "")
     ids = "+".join(map(str, cell.ids))
-    number = f' data-i="{ids}" title="{ids}"' if ids else ""
+    title = ids
+    if cell.said is None:
+        kind = _LETTERS[cell.kind]
+    else:
+        trained = cell.kind == "trained"
+        kind = f"k k{cell.said & 7}" + (" a" if is_assistants(cell.said) else "") + (" y" if trained else "")
+        what = [kind_name(cell.said), role_name(cell.said), "trained on" if trained else "no target", ids]
+        title = " · ".join(filter(None, what))
+    kind += (" o" if odd else "") + (" s" if cell.special else "")
+    number = f' data-i="{ids}" title="{title}"' if ids else ""
     # The line break stands behind the element, so that an id stays on its token's line.
     shown = cell.text.rstrip("\n")
     return f'<b class="{kind}"{number}>{escape(shown)}</b>{cell.text[len(shown) :]}'

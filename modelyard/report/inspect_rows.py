@@ -8,10 +8,12 @@ import numpy as np
 
 from modelyard.config.train import TrainConfig
 from modelyard.data.datasets import IndexedDataset
+from modelyard.data.lanes import KIND_LANE, has_kinds
 from modelyard.data.layout import IGNORED, Layout
 from modelyard.data.rows import Piece
 from modelyard.report.inspect_blocks import Cell, CellKind, Heading, Inspection, Note, Tokens
 from modelyard.report.inspect_data import Options, omitted, shortened
+from modelyard.report.inspect_kinds import LANE_WORDS, targets_by_kind
 from modelyard.report.inspect_tokens import Vocabulary
 
 
@@ -27,17 +29,21 @@ def show_rows(
     batch = config.batch
     more = batch.batch_size - len(rows)
     inspection.add(Heading(f"batch {options.iteration}, row by row"))
-    inspection.add(
-        Note(
-            "Coloured: a target of the loss, predicted from what stands before it. Dimmed: read, but no target"
-            + (
-                " (masked, or the first of its document)."
-                if not batch.cross_document_attention
-                else " (masked, or the first of the row)."
-            )
-            + (f" {more:,} more rows are not shown (--rows)." if more else "")
+    first = "the row" if batch.cross_document_attention else "its document"
+    notes = []
+    if any(has_kinds(dataset) for dataset, _ in rows):
+        notes.append(
+            f"Of conversations the loss is on {LANE_WORDS[batch.loss_lane]} (batch.loss_lane: {batch.loss_lane}); each is "
+            "predicted from what stands before it."
         )
-    )
+    if not all(has_kinds(dataset) for dataset, _ in rows):
+        notes.append(
+            "Coloured: a target of the loss, predicted from what stands before it. Dimmed: read, but no target (masked, or the "
+            f"first of {first})."
+        )
+    if more:
+        notes.append(f"{more:,} more rows are not shown (--rows).")
+    inspection.add(Note(" ".join(notes)))
     values = []
     for number, (dataset, pieces) in enumerate(rows):
         inputs, labels, positions = (array[number] for array in layout[:3])
@@ -63,7 +69,8 @@ def show_rows(
             if labels[-1] != IGNORED
             else _last_token(dataset, pieces, filled, batch.sequence_length),
         )
-        kinds = np.concatenate(([False], labels != IGNORED))
+        in_loss = np.concatenate(([False], labels != IGNORED))
+        said = _said(dataset, pieces, layout, number)
         at = 0
         for document, begin, end in pieces:
             after = at + end - begin
@@ -74,7 +81,8 @@ def show_rows(
                     begin,
                     at,
                     tokens[at:after],
-                    kinds[at:after],
+                    in_loss[at:after],
+                    None if said is None else said[at:after],
                     positions,
                     vocabulary,
                     options,
@@ -89,8 +97,20 @@ def show_rows(
                 )
             )
         values.append({"dataset": dataset.name, "documents": [piece[0] for piece in pieces], "targets": targets,
-                       "padding": max(padding, 0), "segments": segments})  # fmt: skip
+                       "padding": max(padding, 0), "segments": segments,
+                       **({} if said is None else {"targets_by_kind": targets_by_kind(said[in_loss].tolist())})})  # fmt: skip
     inspection.values["batch"] = {"iteration": options.iteration, "rows": values}
+
+
+def _said(dataset: IndexedDataset, pieces: Sequence[Piece], layout: Layout, number: int) -> np.ndarray | None:
+    """What each token of a row is in its conversation, uint8 [sequence + 1]: from the batch, but for the first, which is no
+    target. None where the row is of no conversations."""
+    if layout.kinds is None or not pieces or not has_kinds(dataset):
+        return None
+    document, begin, _ = pieces[0]
+    first = dataset.lane(KIND_LANE, document, begin, begin + 1)
+    assert first is not None
+    return np.concatenate((first, layout.kinds[number]))
 
 
 def _last_token(dataset: IndexedDataset, pieces: Sequence[Piece], filled: int, length: int) -> int:
@@ -117,6 +137,7 @@ def _piece(
     at: int,
     tokens: np.ndarray,
     targets: np.ndarray,
+    said: np.ndarray | None,
     positions: np.ndarray,
     vocabulary: Vocabulary,
     options: Options,
@@ -135,5 +156,5 @@ def _piece(
         if first:
             cells.append(omitted(count - options.tokens))
         kinds: list[CellKind] = ["trained" if target else "masked" for target in targets[first:end]]
-        cells += vocabulary.cells(tokens[first:end], kinds)
+        cells += vocabulary.cells(tokens[first:end], kinds, None if said is None else said[first:end])
     return Tokens(title, cells)

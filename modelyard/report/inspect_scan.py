@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from modelyard.chat.segments import LossLane
 from modelyard.data.datasets import IndexedDataset, read_documents
+from modelyard.data.lanes import KIND_LANE, MASK_LANE
 from modelyard.data.order import derive_key, keyed_hash
-from modelyard.data.lanes import MASK_LANE
+from modelyard.report.inspect_lanes import Kinds, Seen, Spans, TurnTokens, lane_of, left_out
 
 CHUNK_TOKENS = 1 << 20
 """Tokens in memory at a time; the intermediate results take about 100 bytes for each."""
@@ -90,20 +92,6 @@ def read_lengths(dataset: IndexedDataset) -> Lengths:
 
 
 @dataclass
-class Seen:
-    """Documents with something in common: how many, and the first."""
-
-    count: int = 0
-    first: int | None = None
-
-    def add(self, documents: np.ndarray) -> None:
-        """Add documents by number, ascending, int64 [documents]."""
-        if len(documents):
-            self.count += len(documents)
-            self.first = int(documents[0]) if self.first is None else self.first
-
-
-@dataclass
 class Scan:
     """What was met in the tokens that were read."""
 
@@ -114,7 +102,11 @@ class Scan:
     largest: int = -1
     """Largest token id."""
     masked: int | None = None
-    """Tokens that the loss mask leaves out; None without a mask."""
+    """Tokens that are not trained on, by the loss mask or by what they are in a conversation; None where nothing says so."""
+    kinds: Kinds | None = None
+    """Of conversations."""
+    spans: Spans | None = None
+    """Of texts with a loss mask, where the ends of turns are known."""
     outside: dict[str, Seen] = field(default_factory=dict)
     """For each vocabulary, documents with a token beyond it."""
     double_bos: Seen = field(default_factory=Seen)
@@ -125,7 +117,7 @@ class Scan:
     double_eos: Seen = field(default_factory=Seen)
     missing_eos: Seen = field(default_factory=Seen)
     untrained: Seen = field(default_factory=Seen)
-    """Documents without a token, after their first, that the mask leaves in the loss."""
+    """Documents without a token, after their first, that is trained on."""
     copies: int = 0
     """Documents that are equal to an earlier one, among the `compared`."""
     most_copied: int = 0
@@ -140,21 +132,27 @@ def scan(
     bos: int | None,
     eos: int | None,
     limit: int,
+    loss_lane: LossLane = "sft",
+    turns: TurnTokens | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Scan:
     """Read up to about `limit` tokens: all there are, or whole documents in stretches spread evenly over the dataset.
 
     Args:
-        dataset: what to read; the lane `loss_mask` too where it has one.
+        dataset: what to read; its kinds or its loss mask too where it has one.
         vocabularies: name → size in tokens; ids from `size` on are counted for each.
         bos: the begin token of documents, None where they have none.
         eos: the end token.
         limit: tokens.
+        loss_lane: what of conversations is trained on.
+        turns: by which the spans of rendered chats are judged.
         progress: is told how many tokens were read since it was last told.
     """
     found = Scan(outside={name: Seen() for name in vocabularies})
-    has_mask = MASK_LANE in dataset.lanes
-    found.masked = 0 if has_mask else None
+    lane = lane_of(dataset.lanes)
+    found.masked = 0 if lane else None
+    found.kinds = Kinds(loss_lane) if lane == KIND_LANE else None
+    found.spans = Spans(turns) if lane == MASK_LANE and turns else None
     ranges = _ranges(dataset, limit)
     found.whole = ranges == [(0, dataset.num_documents)]
     hashes = []
@@ -166,10 +164,17 @@ def scan(
             if not len(kept):
                 continue
             if len(kept) == 1 and kept[0] > CHUNK_TOKENS:
-                pieces = list(_long_document(dataset, int(numbers[0]), int(kept[0]), has_mask))
+                pieces = list(_long_document(dataset, numbers, kept, lane, found))
             else:
                 tokens = read_documents(dataset, first, first + len(lengths))
-                mask = read_documents(dataset, first, first + len(lengths), MASK_LANE) if has_mask else None
+                mask = None
+                if lane is not None:
+                    values = read_documents(dataset, first, first + len(lengths), lane)
+                    mask = left_out(values, kept, lane, loss_lane)
+                    if found.kinds is not None:
+                        found.kinds.add(values, mask, kept, numbers)
+                    if found.spans is not None:
+                        found.spans.add(tokens, mask, kept, numbers)
                 pieces = [_measure(tokens, mask, kept, 0)]
             facts = pieces[0]
             for more in pieces[1:]:
@@ -219,7 +224,8 @@ class _Facts:
 
 
 def _measure(tokens: np.ndarray, mask: np.ndarray | None, lengths: np.ndarray, position: int) -> _Facts:
-    """Facts of documents of these lengths, none of them empty; `position` is where in its document the first token is."""
+    """Facts of documents of these lengths, none of them empty; `mask` says which tokens are no targets, `position` where in its
+    document the first token is."""
     ends = np.cumsum(lengths)
     starts = ends - lengths
     # A sum of tokens times a pseudo-random odd number for each position: equal documents, equal sums.
@@ -232,9 +238,8 @@ def _measure(tokens: np.ndarray, mask: np.ndarray | None, lengths: np.ndarray, p
     trained = lengths - (position == 0)
     masked = 0
     if mask is not None:
-        left_out = mask != 0
-        masked = int(np.count_nonzero(left_out))
-        in_loss = ~left_out
+        masked = int(np.count_nonzero(mask))
+        in_loss = ~mask
         if position == 0:
             in_loss[starts] = False
         trained = np.add.reduceat(in_loss.astype(np.int64), starts)
@@ -262,11 +267,25 @@ def _measure(tokens: np.ndarray, mask: np.ndarray | None, lengths: np.ndarray, p
 _HASH_KEY = derive_key("inspect", "equal documents")
 
 
-def _long_document(dataset: IndexedDataset, number: int, length: int, has_mask: bool) -> Iterator[_Facts]:
-    """A document that is longer than what is held at a time, piece by piece."""
+def _long_document(
+    dataset: IndexedDataset, numbers: np.ndarray, lengths: np.ndarray, lane: str | None, found: Scan
+) -> Iterator[_Facts]:
+    """A document that is longer than what is held at a time, piece by piece. The spans of so long a one are not judged."""
+    number, length = int(numbers[0]), int(lengths[0])
+    whole = None
+    if found.kinds is not None:
+        # A byte a token; what is trained on is known from the whole.
+        values = dataset.lane(KIND_LANE, number)
+        assert values is not None
+        whole = left_out(values, lengths, KIND_LANE, found.kinds.loss_lane)
+        found.kinds.add(values, whole, lengths, numbers)
     for begin in range(0, length, CHUNK_TOKENS):
         end = min(begin + CHUNK_TOKENS, length)
-        mask = dataset.lane(MASK_LANE, number, begin, end) if has_mask else None
+        mask = None
+        if whole is not None:
+            mask = whole[begin:end]
+        elif lane is not None and (values := dataset.lane(lane, number, begin, end)) is not None:
+            mask = values != 0
         yield _measure(dataset.document(number, begin, end), mask, np.array([end - begin]), begin)
 
 

@@ -6,19 +6,22 @@ What other programs prepared is opened as training opens it; it says nothing of 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from modelyard.config.disk import size
+from modelyard.config.prepare import ConversationsConfig
 from modelyard.data.datasets import StoredDataset
 from modelyard.data.foreign import ForeignStore
+from modelyard.data.lanes import KIND_LANE, MASK_LANE, not_targets
 from modelyard.data.order import derive_key, keyed_hash
 from modelyard.data.output import RECORD
-from modelyard.data.lanes import MASK_LANE
 from modelyard.data.store import TokenStore
+from modelyard.data.stores import Counts
 from modelyard.data.tokenizer import Tokenizer
 from modelyard.errors import UserError
 from modelyard.report.inspect_blocks import Cell, Facts, Heading, Inspection, Note, Tokens
@@ -38,6 +41,15 @@ from modelyard.report.inspect_data import (
     separator_warning,
     shortened,
 )
+from modelyard.report.inspect_kinds import (
+    LANE_WORDS,
+    answers_text,
+    judge_lanes,
+    kinds_table,
+    kinds_values,
+    spans_values,
+)
+from modelyard.report.inspect_lanes import TurnTokens, lane_of
 from modelyard.report.inspect_scan import Lengths, Scan, read_lengths, scan
 from modelyard.report.inspect_tokens import Vocabulary
 
@@ -62,19 +74,23 @@ def inspect_store(path: Path, options: Options, inspection: Inspection) -> None:
             bos=origin.token("bos"),
             eos=origin.token("eos"),
             limit=options.scan_limit,
+            turns=TurnTokens.of(tokenizer),
             progress=advance,
         )
     inspection.add(Heading(f"store {path}"), Facts(_facts(dataset, lengths, found)))
+    if found.kinds is not None and found.kinds.rows():
+        inspection.add(Heading("tokens by kind"), kinds_table(found.kinds))
     if record := _prepared_from(path):
         inspection.add(Heading("prepared from"), Facts(record))
     inspection.add(length_chart(str(path), lengths))
     judge(inspection, dataset, lengths, found)
+    judge_lanes(inspection, dataset, found)
     separator_warning(inspection, tokenizer, origin, str(path))
     if options.verify and own:
         inspection.fault(*own.verify())
     elif options.verify:
         inspection.warn(f"{path} has no checksums: --verify can find nothing more in it")
-    _show_documents(store, chosen, Vocabulary(tokenizer), options, inspection)
+    _show_documents(dataset, chosen, Vocabulary(tokenizer), options, inspection)
     inspection.values.setdefault("stores", []).append(
         {
             "path": str(path),
@@ -84,6 +100,9 @@ def inspect_store(path: Path, options: Options, inspection: Inspection) -> None:
             "fingerprint": store.fingerprint,
             "tokenizer": own.manifest.get("tokenizer") if own else None,
             "trained_share": _trained_share(found),
+            "chat": own.manifest.get("chat") if own else None,
+            **kinds_values(found.kinds),
+            **spans_values(found.spans),
             **length_values(lengths),
             **scan_values(found),
         }
@@ -128,13 +147,7 @@ def _facts(dataset: StoredDataset, lengths: Lengths, found: Scan) -> list[tuple[
         token = tokenizer.get(role)
         said = "none" if manifest else "unknown"
         rows.append((name, f"{token['token']} ({token['id']})" if token else said))
-    trained = _trained_share(found)
-    if trained is None:
-        rows.append(
-            ("loss mask", "none: every token is trained on" if MASK_LANE not in store.lanes else "not read")
-        )
-    else:
-        rows.append(("loss mask", f"{trained:.1%} of the tokens are trained on, {found.masked:,} are masked"))
+    rows += _loss_facts(manifest, store.lanes, found)
     rows += [
         ("lanes", ", ".join(lanes) or "none"),
         ("on disk", f"{size(sum(files))} in {len(files)} file{'s' if len(files) > 1 else ''}"),
@@ -143,6 +156,43 @@ def _facts(dataset: StoredDataset, lengths: Lengths, found: Scan) -> list[tuple[
         ("fingerprint", store.fingerprint),
     ]
     return rows
+
+
+def _loss_facts(manifest: dict[str, Any], lanes: Sequence[str], found: Scan) -> list[tuple[str, str]]:
+    """What is trained on, and how conversations are written."""
+    trained = _trained_share(found)
+    if found.kinds is None:
+        if trained is None:
+            text = "not read" if MASK_LANE in lanes else "none: every token is trained on"
+        else:
+            text = f"{trained:.1%} of the tokens are trained on, {found.masked:,} are masked"
+        return [("loss mask", text)]
+    chat = dict(manifest.get("chat") or {})
+    name = chat.pop("family", "unknown")
+    rows = [("chat format", ", ".join([str(name), *_settings(chat)]))]
+    if trained is not None:
+        lane = found.kinds.loss_lane
+        rows += [
+            (
+                "trained on",
+                f"{trained:.1%} of the tokens by the loss lane {lane} (batch.loss_lane): {LANE_WORDS[lane]}",
+            ),
+            ("answers", answers_text(found.kinds)),
+        ]
+    return rows
+
+
+def _settings(values: Mapping[str, Any]) -> list[str]:
+    """`name value` of whatever is said, values as YAML has them."""
+
+    def shown(value: Any) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        if isinstance(value, dict):
+            return ", ".join(f"{inner}: {outer}" for inner, outer in value.items())
+        return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    return [f"{name} {shown(value)}" for name, value in values.items() if value not in (None, "", [], {})]
 
 
 def _check_tokenizer(store: TokenStore, tokenizer: Tokenizer | None, inspection: Inspection) -> None:
@@ -170,6 +220,9 @@ def _prepared_from(path: Path) -> list[tuple[str, str]]:
     dataset = {
         key: value for key, value in (config.get("dataset") or {}).items() if value not in (None, [], "auto")
     }
+    conversations = dataset.pop("conversations", None)
+    if conversations is not None:
+        del dataset["field"]  # that of a text
     rows = [
         (
             "source",
@@ -179,16 +232,37 @@ def _prepared_from(path: Path) -> list[tuple[str, str]]:
             ),
         )
     ]
-    rows.append(("dataset", ", ".join(f"{key}: {value}" for key, value in dataset.items())))
+    rows.append(("dataset", ", ".join(_settings(dataset))))
+    if conversations is not None:
+        rows.append(("conversations", _conversations_text(conversations)))
     if splits := config.get("splits"):
         rows.append(("splits", ", ".join(f"{name} {share:g}" for name, share in splits.items())))
         rows.append(("seed", str(config.get("seed"))))
-    left_out = {
-        k: v for k, v in (record.get("counts") or {}).items() if k not in ("documents", "tokens") and v
-    }
-    if left_out:
-        rows.append(("left out", ", ".join(f"{name} {count:,}" for name, count in left_out.items())))
+    known = {field.name for field in fields(Counts)}
+    counts = Counts(**{name: count for name, count in (record.get("counts") or {}).items() if name in known})
+    rows.append(("made", f"{counts.documents:,} documents, {counts.tokens:,} tokens, in all splits together"))
+    if counts.answers:
+        share = counts.trained / counts.tokens
+        rows.append(
+            ("answers", f"{counts.answers:,}, of {counts.trained:,} tokens ({share:.1%}) that are trained on")
+        )
+    if remarks := counts.remarks():
+        rows.append(("not as found", ", ".join(remarks)))
     return rows
+
+
+def _conversations_text(section: dict[str, Any]) -> str:
+    """`dataset.conversations`, its defaults left out but for those that say most."""
+    defaults = {
+        name: field.get_default(call_default_factory=True)
+        for name, field in ConversationsConfig.model_fields.items()
+    }
+    told = {
+        name: value
+        for name, value in section.items()
+        if name in ("format", "family") or value != defaults.get(name)
+    }
+    return ", ".join(_settings(told))
 
 
 def _chosen(store: TokenStore | ForeignStore, options: Options) -> list[int]:
@@ -213,7 +287,7 @@ def _chosen(store: TokenStore | ForeignStore, options: Options) -> list[int]:
 
 
 def _show_documents(
-    store: TokenStore | ForeignStore,
+    dataset: StoredDataset,
     chosen: Sequence[int],
     vocabulary: Vocabulary,
     options: Options,
@@ -224,16 +298,17 @@ def _show_documents(
             "" if options.document is not None else f" (the first, and others drawn with seed {options.seed})"
         )
         inspection.add(Heading(f"documents{how if len(chosen) > 1 else ''}"))
-        if MASK_LANE not in store.lanes:
+        if lane_of(dataset.lanes) is None:
             inspection.add(Note("The store has no loss mask: every token is trained on."))
     for number in chosen:
-        length = int(store.lengths(number, number + 1)[0])
+        length = int(dataset.lengths(number, number + 1)[0])
+        masked = not_targets(dataset, number, 0, length, spans=True, lane="sft")
         cells: list[Cell] = []
         for begin, end in shortened(length, options.tokens):
             if begin:
                 cells.append(omitted(length - options.tokens))
-            kinds = mask_kinds(store.lane(MASK_LANE, number, begin, end), end - begin)
-            cells += vocabulary.cells(store.document(number, begin, end), kinds)
-        mask = store.lane(MASK_LANE, number)
-        trained = "" if mask is None else f" · {np.count_nonzero(mask == 0):,} trained"
+            kinds = mask_kinds(None if masked is None else masked[begin:end], end - begin)
+            said = dataset.lane(KIND_LANE, number, begin, end)
+            cells += vocabulary.cells(dataset.document(number, begin, end), kinds, said)
+        trained = "" if masked is None else f" · {np.count_nonzero(~masked):,} trained"
         inspection.add(Tokens(f"document {number:,} · {length:,} tokens{trained}", cells))

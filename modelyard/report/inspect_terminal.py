@@ -1,4 +1,5 @@
-"""An inspection in a terminal: coloured where there is one, with brackets around masked tokens where there is none."""
+"""An inspection in a terminal: coloured where there is one; where there is none, with brackets around masked tokens, and of
+conversations a line for every kind."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import TextIO
 
 from rich.box import SIMPLE_HEAD
@@ -15,6 +17,7 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from modelyard.chat.segments import Kind, kind_of
 from modelyard.report.inspect_blocks import (
     Block,
     Cell,
@@ -27,6 +30,8 @@ from modelyard.report.inspect_blocks import (
     Tokens,
     clean,
 )
+from modelyard.report.inspect_kinds import is_assistants, kind_name, role_name
+from modelyard.report.inspect_lanes import KNOWN
 
 _WIDEST = 140
 _UNKNOWN_WIDTH = 110
@@ -40,6 +45,29 @@ _SHADES = {
     "padding": ("bright_black", "bright_black"),
     "remark": ("dim italic", "dim italic"),
 }
+# The same for kinds of conversations. What is trained on is underlined, so that neither needs the other's colour.
+_ANSWER = "bold green"
+_SAID = {
+    Kind.BEGIN: "bright_black",
+    Kind.HEADER: "bright_black",
+    Kind.CONTENT: "cyan",
+    Kind.TOOL_CALL: "bold magenta",
+    Kind.TOOL_RESULT: "yellow",
+    Kind.TERMINATOR: "bold red",
+    Kind.SEPARATOR: "blue",
+}
+_LEGEND = (
+    ("begin, header", _SAID[Kind.HEADER]),
+    ("user and system", _SAID[Kind.CONTENT]),
+    ("assistant", _ANSWER),
+    ("tool call", _SAID[Kind.TOOL_CALL]),
+    ("tool result", _SAID[Kind.TOOL_RESULT]),
+    ("terminator", _SAID[Kind.TERMINATOR]),
+    ("separator", _SAID[Kind.SEPARATOR]),
+    ("trained on", "underline"),
+)
+_NAME_WIDTHS = (13, 11)
+"""Columns of a kind's name and of a role's."""
 
 
 class Terminal:
@@ -47,6 +75,8 @@ class Terminal:
 
     def __init__(self, stream: TextIO | None = None, *, ids: bool = False):
         self._ids = ids
+        self._explained = False
+        """Whether it was said what the kinds look like."""
         self._stream = stream or sys.stdout
         there = Console(file=self._stream)
         self._colour = there.is_terminal and "NO_COLOR" not in os.environ
@@ -165,24 +195,65 @@ class Terminal:
             self._line(f"  * {block.remark}", "dim")
 
     def _tokens(self, block: Tokens) -> None:
+        of_kinds = any(cell.said is not None for cell in block.cells)
         self._line("")
+        if of_kinds:
+            self._explain()
         title = clean(block.title)
         self._line(f"── {title} {'─' * (self._console.width - cell_len(title) - 4)}".rstrip(), "dim")
-        line, used = Text(), 0
-        for text, style in self._coloured(block) if self._colour else self._bracketed(block):
+        if of_kinds and not self._colour:
+            self._listed(block)
+            return
+        self._run(self._coloured(block) if self._colour else self._bracketed(block))
+
+    def _run(self, parts: Iterator[tuple[str, str]], first: str = "", others: str = "") -> None:
+        """Print texts and their styles one after the other, behind the beginnings of the first and of every other line."""
+        line, used = Text(first), 0
+        room = self._console.width - cell_len(first)
+        for text, style in parts:
             for number, part in enumerate(text.split("\n")):
                 # Lines are broken between tokens alone, so that no space is lost.
-                if number or (used and used + cell_len(part) > self._console.width):
+                if number or (used and used + cell_len(part) > room):
                     self._console.print(line, overflow="fold")
-                    line, used = Text(), 0
+                    line, used = Text(others), 0
                 line.append(part, style)
                 used += cell_len(part)
         if used:
             self._console.print(line, overflow="fold")
 
+    def _explain(self) -> None:
+        """Say once what the kinds of conversations look like."""
+        if self._explained:
+            return
+        self._explained = True
+        if self._colour:
+            parts = [Text(name, style) for name, style in _LEGEND]
+            self._console.print(Text("   ").join(parts))
+        else:
+            self._line("Of each stretch: * where it is trained on, what it is, who says it, its tokens.")
+        self._line("")
+
+    def _listed(self, block: Tokens) -> None:
+        """A line, or several, for every stretch of one kind, with `*` before what is trained on."""
+        kind_width, role_width = _NAME_WIDTHS
+        for (said, state), group in groupby(block.cells, key=lambda cell: (cell.said, cell.kind)):
+            mark = "*" if state == "trained" else " "
+            names = ("", "") if said is None else (kind_name(said), role_name(said))
+            first = f"{mark} {names[0]:<{kind_width}}{names[1]:<{role_width}}"
+            cells = list(group)
+            texts = [self._text(cell) for cell in cells]
+            between = [
+                "" if number == 0 or texts[number - 1].endswith("\n") else "│" for number in range(len(texts))
+            ]
+            parts = zip(map("".join, zip(between, texts, strict=True)), [""] * len(texts), strict=True)
+            self._run(parts, first, f"{mark}{' ' * (len(first) - 1)}")
+
     def _coloured(self, block: Tokens) -> Iterator[tuple[str, str]]:
         for number, cell in enumerate(block.cells):
             style = _SHADES[cell.kind][number % 2]
+            if cell.said is not None:
+                yield self._text(cell), _said_style(cell.said, number, cell.kind == "trained")
+                continue
             if cell.special:
                 style = "bold magenta" if cell.kind == "trained" else "magenta dim"
             yield self._text(cell), style
@@ -206,3 +277,9 @@ class Terminal:
             return cell.text
         shown = cell.text.rstrip("\n")
         return f"{shown}⟨{'+'.join(map(str, cell.ids))}⟩{cell.text[len(shown) :]}"
+
+
+def _said_style(said: int, number: int, trained: bool) -> str:
+    """How the token with this number of a conversation is shown: every other one slanted, so that they can be told apart."""
+    style = _ANSWER if is_assistants(said) else _SAID[kind_of(said)] if KNOWN[said] else "reverse"
+    return f"{style}{' italic' if number % 2 else ''}{' underline' if trained else ''}"

@@ -75,23 +75,38 @@ class Vocabulary:
             return bytes([int(match[1], 16)]), False
         return text.replace("▁", " ").encode(errors="replace"), False
 
-    def cells(self, ids: Sequence[int] | np.ndarray, kinds: Sequence[CellKind]) -> list[Cell]:
-        """Cells for ids of given kinds, in order. Bytes that make no character are shown as `<0xE2>`."""
+    def cells(
+        self,
+        ids: Sequence[int] | np.ndarray,
+        kinds: Sequence[CellKind],
+        said: Sequence[int] | np.ndarray | None = None,
+    ) -> list[Cell]:
+        """Cells for ids of given kinds, in order; `said` is what they are in a conversation. Bytes that make no character are
+        shown as `<0xE2>`."""
         cells: list[Cell] = []
-        waiting: list[tuple[int, bytes, CellKind]] = []  # tokens that end inside a character
+        waiting: list[
+            tuple[int, bytes, tuple[CellKind, int | None]]
+        ] = []  # tokens that end inside a character
+
+        def cell(
+            text: str, numbers: tuple[int, ...], of: tuple[CellKind, int | None], special: bool = False
+        ) -> None:
+            cells.append(Cell(text, numbers, of[0], special, of[1]))
 
         def give_up() -> None:
-            cells.extend(Cell(_hexadecimal(content), (number,), kind) for number, content, kind in waiting)
+            for number, content, of in waiting:
+                cell(_hexadecimal(content), (number,), of)
             waiting.clear()
 
-        for token_id, kind in zip((int(number) for number in ids), kinds, strict=True):
+        roles: list[int | None] = [None] * len(kinds) if said is None else [int(value) for value in said]
+        for token_id, of in zip((int(number) for number in ids), zip(kinds, roles, strict=True), strict=True):
             content, special = self.token(token_id)
-            if kind == "padding" or content is None or special:
+            if of[0] == "padding" or content is None or special:
                 give_up()
                 name = f"⟨{token_id}⟩" if content is None else clean(content.decode(errors="replace"))
-                cells.append(Cell(name.replace("\n", "⏎"), (token_id,), kind, special or content is None))
+                cell(name.replace("\n", "⏎"), (token_id,), of, special or content is None)
                 continue
-            if waiting and waiting[0][2] != kind:
+            if waiting and waiting[0][2] != of:
                 give_up()  # One character, half of it masked: shown as its bytes, so that both halves keep their kind.
             joined = b"".join(part for _, part, _ in waiting) + content
             text, whole = _decoded(joined)
@@ -99,13 +114,13 @@ class Vocabulary:
                 give_up()
                 text, whole = _decoded(content)
             if text is None:
-                cells.append(Cell(_hexadecimal(content), (token_id,), kind))
+                cell(_hexadecimal(content), (token_id,), of)
             elif whole:
                 numbers = (*(number for number, _, _ in waiting), token_id)
                 waiting.clear()
-                cells.append(Cell(readable(text), numbers, kind))
+                cell(readable(text), numbers, of)
             else:
-                waiting.append((token_id, content, kind))
+                waiting.append((token_id, content, of))
                 if len(waiting) > _MOST_JOINED:
                     give_up()
         give_up()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from modelyard.chat.conversation import Call, ConversationError, Message
+from modelyard.chat.conversation import Call, ConversationError, Message, as_record
 from modelyard.chat.families import QWEN, Llama3
 from modelyard.chat.formats import format_of, read_record
+from modelyard.chat.segments import text_of
 
 ASK, SAY = Message("user", "x"), Message("assistant", "y")
 
@@ -104,3 +106,33 @@ def test_real_files(shared_data: Path, file: str, records: int) -> None:
     for talk in found[:: max(1, records // 300)]:
         for family in (Llama3(), QWEN):
             assert family.render(talk)
+
+
+def test_tools_and_calls_survive_byte_for_byte() -> None:
+    """posttraining-peers §4, row 11: no key is added, lost or moved, whatever another tool or call has."""
+    tools = [
+        {"type": "function", "function": {"name": "b", "parameters": {"type": "object", "properties": {
+            "z": {"type": "string", "default": None}, "a": {"enum": [1, 1.0, "é\u2028"]}}, "required": []}}},
+        {"type": "function", "strict": True, "function": {"description": "", "name": "a", "parameters": {}}},
+    ]  # fmt: skip
+    arguments = ['{"z": null, "a": 1.0}', '{"deep": {"y": [], "x": {}}, "n": 12345678901234567890}', "{}"]
+    texts = []
+    for given, listed in itertools.product(
+        (arguments, list(map(json.loads, arguments))), (tools, json.dumps(tools))
+    ):
+        calls = [{"function": {"name": name, "arguments": one}} for name, one in zip("aba", given)]
+        said = [{"role": "assistant", "tool_calls": [call]} for call in calls]
+        record = {"messages": [{"role": "user", "content": "x"}, *said], "tools": listed}
+        found = read_record(record)
+        assert json.dumps(found.tools) == json.dumps(tools)
+        texts.append((text_of(QWEN.render(found)), text_of(Llama3().render(found))))
+        again = read_record(json.loads(json.dumps(as_record(found))))
+        assert json.dumps(as_record(again)) == json.dumps(as_record(found))
+    assert len(set(texts)) == 1  # as text or as object
+    qwen, llama = texts[0]
+    for tool in tools:
+        assert f"\n{json.dumps(tool, ensure_ascii=False)}\n" in qwen
+        assert f"\n\n{json.dumps(tool, ensure_ascii=False, indent=4)}\n\n" in llama
+    for name, one in zip("aba", arguments):
+        assert f'{{"name": "{name}", "arguments": {one}}}\n</tool_call>' in qwen
+        assert f'{{"name": "{name}", "parameters": {one}}}<|eot_id|>' in llama

@@ -9,6 +9,7 @@ import json
 import random
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_01_the_mask_survives_from_the_record_to_the_batch(
     seen = Counter[tuple[int, ...]]()
     for batch in stream.one_pass():
         for labels, edges in zip(batch.labels.tolist(), batch.cu_seqlens.tolist()):
-            for begin, end in zip(edges, edges[1:]):
+            for begin, end in pairwise(edges):
                 if answer := tuple(label for label in labels[begin:end] if label != -100):
                     seen[answer] += 1
     assert seen == expected
@@ -116,7 +117,7 @@ def test_02_every_trained_answer_ends_in_a_trained_terminator() -> None:
                 segments = family.render(read_conversation(messages, tools))
             except ConversationError:
                 continue
-            for before, segment in zip(segments, segments[1:]):
+            for before, segment in pairwise(segments):
                 if before.role == "assistant" and before.kind in (Kind.CONTENT, Kind.TOOL_CALL):
                     assert segment.role == "assistant"
                     assert segment.kind in (Kind.CONTENT, Kind.TOOL_CALL, Kind.TERMINATOR)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from modelyard.chat.segments import Kind
 from modelyard.config.huggingface import write_config
 from modelyard.config.loader import load_config
 from modelyard.config.optimizer import LearningRateConfig
@@ -18,6 +19,7 @@ from modelyard.data.store import StoreWriter
 from modelyard.plan.summary import plot, summarise
 from tests.config.helpers import TINY, load_tiny, write
 from tests.conftest import ROOT
+from tests.report.inspecting import byte, make_store
 
 
 def store(folder: Path, documents: int, tokens: int, vocab_size: int = 100) -> dict[str, str]:
@@ -234,3 +236,13 @@ def test_no_masks_where_masks_are_wanted_if_there_are_any(tmp_path: Path) -> Non
     said = "no dataset has a loss mask: every token is trained on (batch.use_loss_masking_spans: auto)"
     assert said in summarise(load_tiny(tmp_path, named, "batch.use_loss_masking_spans=auto"))[0]
     assert said not in summarise(load_tiny(tmp_path, named, "batch.use_loss_masking_spans=no"))[0]
+
+
+def test_conversations_are_trained_on_by_what_they_are(tmp_path: Path) -> None:
+    kinds = [byte(Kind.CONTENT, "user"), byte(Kind.CONTENT, "assistant")]
+    path = make_store(tmp_path / "s", None, [[0, 1]] * 4, kinds=[kinds] * 4, vocab_size=100)
+    named = f"data.datasets.training={{type: memmap, path: {path}}}"
+    words = ["batch.use_loss_masking_spans=auto", "batch.loss_lane=last_answer"]
+    text = summarise(load_tiny(tmp_path, named, *words))[0]
+    assert "packed whole, trained on by the loss lane last_answer" in text
+    assert "no dataset has a loss mask" not in text

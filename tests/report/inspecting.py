@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from modelyard.chat.conversation import Role
+from modelyard.chat.segments import Kind, Segment, lane_value
 from modelyard.data.store import StoreWriter
 from modelyard.data.tokenizer import load_tokenizer
 from tests.config.helpers import TINY
@@ -30,6 +32,7 @@ def make_store(
     documents: Sequence[Sequence[int]],
     masks: Sequence[Sequence[int]] | None = None,
     *,
+    kinds: Sequence[Sequence[int]] | None = None,
     vocab_size: int = 300,
     fingerprint: str | None = None,
 ) -> Path:
@@ -42,16 +45,17 @@ def make_store(
             "eos": {"token": "<|end_of_text|>", "id": EOS},
         }
     }
+    lanes = {name: of_all for name, of_all in (("loss_mask", masks), ("kind", kinds)) if of_all}
     with StoreWriter(
         path,
         vocab_size=vocab_size,
-        lanes={"loss_mask": "uint8"} if masks else None,
+        lanes=dict.fromkeys(lanes, "uint8"),
         tokenizer_files=opened.files() if opened else None,
         description=description,
     ) as writer:
         for number, document in enumerate(documents):
-            lanes = {"loss_mask": np.array(masks[number], np.uint8)} if masks else None
-            writer.append(np.array(document, np.int64), lanes)
+            values = {name: np.array(of_all[number], np.uint8) for name, of_all in lanes.items()}
+            writer.append(np.array(document, np.int64), values)
     return path
 
 
@@ -72,6 +76,11 @@ def config(folder: Path, **datasets: str) -> Path:
     path = folder / "train.yaml"
     path.write_text(content)
     return path
+
+
+def byte(kind: Kind, role: Role | None = None, *, trained: bool = True) -> int:
+    """The byte of the kind lane."""
+    return lane_value(Segment("", kind, role, trained=trained))
 
 
 def memmap(name: str) -> str:

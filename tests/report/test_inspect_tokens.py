@@ -62,6 +62,9 @@ def test_bytes_that_make_no_character_are_shown_as_bytes(byte_level: Vocabulary)
 def test_a_character_half_of_which_is_masked_keeps_both_kinds(byte_level: Vocabulary) -> None:
     cells = byte_level.cells(list("é".encode()), ["masked", "trained"])
     assert [(cell.text, cell.kind) for cell in cells] == [("<0xC3>", "masked"), ("<0xA9>", "trained")]
+    cells = byte_level.cells(list("aé".encode()), ["trained"] * 3, [2, 2, 3])
+    assert [(cell.text, cell.said) for cell in cells] == [("a", 2), ("<0xC3>", 2), ("<0xA9>", 3)]
+    assert [cell.said for cell in byte_level.cells(list("é".encode()), ["trained"] * 2, [3, 3])] == [3]
 
 
 def test_unknown_ids_and_no_tokenizer(byte_level: Vocabulary) -> None:

@@ -60,7 +60,9 @@ def _first(given: Mapping[str, Any]) -> dict[str, Any]:
     """The first of the values of each argument; without those that may be, and first are, left out."""
     chosen = {}
     for name, values in given.items():
-        value = (values[0] if values else "") if isinstance(values, list) else values
+        value = (
+            values[0] if isinstance(values, list) and values else values
+        )  # an empty list is itself the right one
         if not (isinstance(values, list) and value == ""):
             chosen[name] = _inside(value)
     return chosen

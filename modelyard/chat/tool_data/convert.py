@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modelyard.chat.conversation import Conversation, ConversationError, as_record
-from modelyard.chat.formats import Format, Reading, read_records
+from modelyard.chat.formats import AS_IT_COMES, Format, Reading, format_of, read_records
 from modelyard.chat.schema import Reason, find_problem
 from modelyard.data.bytestream import ByteStream
 from modelyard.errors import UserError, missing_path
@@ -35,6 +35,8 @@ class Counts:
     """Calls that fit the definition of their tool."""
     problems: Counter[Reason] = field(default_factory=Counter)
     """Why the others do not."""
+    unchecked: int = 0
+    """Calls of api_bank without definitions: those made from the calls themselves say nothing about them."""
     left_out: int = 0
     """Conversations with a call that does not fit, left out of what came out."""
 
@@ -42,7 +44,7 @@ class Counts:
 def convert_file(
     path: Path,
     format: Format | None = None,
-    reading: Reading = Reading(),
+    reading: Reading = AS_IT_COMES,
     counts: Counts | None = None,
     *,
     valid_only: bool = False,
@@ -65,7 +67,7 @@ def convert_file(
 def read_file(
     path: Path,
     format: Format | None = None,
-    reading: Reading = Reading(),
+    reading: Reading = AS_IT_COMES,
     counts: Counts | None = None,
     *,
     valid_only: bool = False,
@@ -74,18 +76,22 @@ def read_file(
     counts = Counts() if counts is None else counts
     for record in _records(path):
         counts.records += 1
+        checked = reading.definitions is not None or (format or format_of(record)) != "api_bank"
         for found in read_records(record, format, reading):
             if isinstance(found, ConversationError):
                 counts.refused[str(found)] += 1
                 continue
             counts.conversations += 1
             counts.kinds[kind_of(found)] += 1
-            problems = [
-                find_problem(call, found.tools) for message in found.messages for call in message.calls
-            ]
+            calls = [call for message in found.messages for call in message.calls]
+            counts.calls += len(calls)
+            if not checked:
+                counts.unchecked += len(calls)
+                yield found
+                continue
+            problems = [find_problem(call, found.tools) for call in calls]
             bad = [problem.reason for problem in problems if problem is not None]
-            counts.calls += len(problems)
-            counts.valid += len(problems) - len(bad)
+            counts.valid += len(calls) - len(bad)
             counts.problems.update(bad)
             if bad and valid_only:
                 counts.left_out += 1

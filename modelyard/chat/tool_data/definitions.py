@@ -11,7 +11,7 @@ from typing import Any
 from modelyard.data.bytestream import ByteStream
 from modelyard.errors import UserError, missing_path
 
-_TYPES = {
+TYPE_NAMES = {
     "str": "string", "string": "string", "text": "string", "char": "string", "date": "string", "file": "string",
     "enum": "string",
     "int": "integer", "integer": "integer", "long": "integer",
@@ -47,7 +47,7 @@ def json_schema(schema: Any) -> Any:
     found: dict[str, Any] = {}
     for key, value in schema.items():
         if key == "type" and isinstance(value, str):
-            if known := _TYPES.get(value.lower().split(" ")[0]):
+            if known := TYPE_NAMES.get(value.lower().split(" ")[0]):
                 found[key] = known
         elif key in ("properties", "$defs", "definitions") and isinstance(value, Mapping):
             found[key] = {name: json_schema(inner) for name, inner in value.items()}
@@ -72,6 +72,8 @@ def load_definitions(path: Path) -> dict[str, list[dict[str, Any]]]:
     for file in files:
         with ByteStream(file, file.suffix[1:]) as stream:
             content = _parsed(file, stream.read())
+        if isinstance(content, Mapping) and "name" in content:
+            content = [content]
         groups = content if isinstance(content, Mapping) else {"" if path.is_file() else _stem(file): content}
         for group, tools in groups.items():
             if not isinstance(tools, list) or not all(

@@ -34,39 +34,47 @@ def read(
     if group not in known:
         raise ConversationError(f"{definitions} has no definitions of '{group}', only of {', '.join(known)}")
     tools: dict[str, dict[str, Any]] = {}
+    labels: dict[str, str] = {}
     steps = []
     for number, call in enumerate(record["output"]):
         name = call["name"]
         if name == "var_result":
             continue
         if name not in tools:
-            tools[name] = _tool(name, known[group])
-        arguments = {key: _referred(value) for key, value in call["arguments"].items()}
-        steps.append(Step(call.get("label", f"call {number + 1}"), name, arguments, tools[name]["function"]))
+            tools[name] = _tool(name, call["arguments"], known[group])
+        arguments = {key: _referred(value, labels) for key, value in call["arguments"].items()}
+        steps.append(Step(f"call {number + 1}", name, arguments, tools[name]["function"]))
+        labels[call.get("label", "")] = (
+            f"call {number + 1}"  # one that is given twice is the later one from there on
+        )
     if not steps:
         raise ConversationError("it calls nothing")
     messages = (Message("user", record["input"]), *answer(steps, record["input"], expression=expression))
     return Conversation(messages, tuple(tools.values()))
 
 
-def _referred(value: Any) -> Any:
+def _referred(value: Any, labels: Mapping[str, str]) -> Any:
     if isinstance(value, list):
-        return [_referred(inner) for inner in value]
+        return [_referred(inner, labels) for inner in value]
     if isinstance(value, Mapping):
-        return {key: _referred(inner) for key, inner in value.items()}
+        return {key: _referred(inner, labels) for key, inner in value.items()}
     if not isinstance(value, str) or not (found := _REFERENCE.search(value)):
         return value
     if found[0] != value:
         raise ConversationError(f"an argument computes with results ({value}), which no call can say")
+    if found[1] not in labels:
+        raise ConversationError(f"an argument is {value}, which no call before it gives")
     path = tuple(name or int(number) for name, number in _STEP.findall(found[2]))
-    return Result(found[1], path)
+    return Result(labels[found[1]], path)
 
 
-def _tool(name: str, known: list[dict[str, Any]]) -> dict[str, Any]:
-    given = next((one for one in known if one["name"] == name), None)
-    if given is None:
+def _tool(name: str, called_with: Mapping[str, Any], known: list[dict[str, Any]]) -> dict[str, Any]:
+    candidates = [one for one in known if one["name"] == name]
+    if not candidates:
         raise ConversationError(f"there is no definition of the tool {name} that it calls")
-    named = [item for key in _PARAMETERS for item in (given.get(key) or {}).items()]
+    # Some names are defined more than once: the one that the call is of.
+    given = next((one for one in candidates if called_with.keys() <= dict(_named(one)).keys()), candidates[0])
+    named = _named(given)
     required = [key for key, one in named if one.get("required") is True]
     results = given.get("output_parameters")
     return tool(
@@ -79,13 +87,17 @@ def _tool(name: str, known: list[dict[str, Any]]) -> dict[str, Any]:
     )
 
 
+def _named(definition: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [item for key in _PARAMETERS for item in (definition.get(key) or {}).items()]
+
+
 def _schema(given: Mapping[str, Any]) -> Any:
-    """A parameter: `required` is told elsewhere, and an empty list of values allows all."""
+    """A parameter: `required` is told elsewhere, and an empty list of values (or a text about them) allows all."""
     spelt = {
         _SPELLINGS.get(key, key): value for key, value in given.items() if key not in ("required", "optional")
     }
-    if not spelt.get("enum", True):
-        del spelt["enum"]
+    if not (spelt.get("enum") and isinstance(spelt["enum"], list)):
+        spelt.pop("enum", None)
     properties = spelt.get("properties")
     if isinstance(properties, Mapping):
         spelt["properties"] = {

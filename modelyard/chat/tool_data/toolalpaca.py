@@ -104,7 +104,7 @@ def _tools(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             properties |= body.get("properties", {})
             required += [name for name in body.get("required", ()) if name not in required]
             parameters = {"type": "object", "properties": properties, "required": required}
-            answered = next(iter(operation.get("responses", {}).values()), {})
+            answered: Mapping[str, Any] = next(iter(operation.get("responses", {}).values()), {})
             result = _resolved(_content(answered), document)
             yield tool(
                 operation["operationId"],
@@ -115,8 +115,8 @@ def _tools(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _content(holder: Mapping[str, Any]) -> dict[str, Any]:
-    content = holder.get("content", {})
-    return next(iter(content.values()), {}).get("schema", {})
+    media: Mapping[str, Any] = next(iter(holder.get("content", {}).values()), {})
+    return media.get("schema", {})
 
 
 def _resolved(schema: Any, document: Mapping[str, Any], depth: int = 0) -> Any:

@@ -2,42 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import gzip
-import itertools
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
-import pytest
-
 from modelyard.chat.conversation import (
-    Call,
     Conversation,
-    ConversationError,
-    Message,
-    as_record,
-    read_conversation,
 )
-from modelyard.chat.expression import has_calls, read_arguments
-from modelyard.chat.families import QWEN, Llama3
-from modelyard.chat.formats import FORMATS, Reading, format_of, read_record, read_records
-from modelyard.chat.schema import call_problem
-from modelyard.chat.segments import text_of
-from modelyard.chat.tool_data.bfcl import MORE_NEEDED, NO_FUNCTION
-from modelyard.chat.tool_data.convert import (
-    Counts,
-    convert_file,
-    distinct_tools,
-    kind_of,
-    read_file,
-    with_tools,
-)
-from modelyard.chat.tool_data.definitions import json_schema, load_definitions
-from modelyard.errors import UserError
-from tests.conftest import ROOT
+from modelyard.chat.formats import Reading
 
 EXPRESSION = Reading(nested="expression")
 
@@ -50,8 +20,6 @@ def calls_of(conversation: Conversation) -> list[list[tuple[str, Any]]]:
 def result(fields: dict[str, str]) -> dict[str, Any]:
     properties = {name: {"type": kind} for name, kind in fields.items()}
     return {"type": "object", "properties": properties}
-
-
 
 
 def seal(
@@ -78,5 +46,3 @@ SEAL = {
         {"api": "now", "parameters": {}, "responses": ["API_call_3"]},
     ],
 }
-
-

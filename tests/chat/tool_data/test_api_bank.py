@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import gzip
-import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +10,14 @@ import pytest
 
 from modelyard.chat.conversation import (
     Call,
-    Conversation,
     ConversationError,
     Message,
-    as_record,
-    read_conversation,
 )
-from modelyard.chat.expression import has_calls, read_arguments
-from modelyard.chat.families import QWEN, Llama3
-from modelyard.chat.formats import FORMATS, Reading, format_of, read_record, read_records
-from modelyard.chat.schema import call_problem
-from modelyard.chat.segments import text_of
-from modelyard.chat.tool_data.bfcl import MORE_NEEDED, NO_FUNCTION
+from modelyard.chat.families import Llama3
+from modelyard.chat.formats import Reading, format_of, read_record
 from modelyard.chat.tool_data.convert import (
-    Counts,
-    convert_file,
-    distinct_tools,
     kind_of,
-    read_file,
-    with_tools,
 )
-from modelyard.chat.tool_data.definitions import json_schema, load_definitions
-from modelyard.errors import UserError
-from tests.conftest import ROOT
-
-from tests.chat.tool_data.records import EXPRESSION, SEAL, calls_of, result, seal
-
-
 
 
 def api(name: str, given: dict[str, str], taken: Any, output: Any) -> dict[str, Any]:
@@ -70,6 +46,7 @@ API_BANK = {
 
 
 def test_api_bank() -> None:
+    assert format_of(API_BANK) == "api_bank"
     found = read_record(API_BANK)
     assert found.messages == (
         Message("user", "a"),
@@ -126,4 +103,3 @@ def test_api_bank_with_definitions(tmp_path: Path) -> None:
 def test_api_bank_that_is_of_no_use(turns: list[Any], problem: str) -> None:
     with pytest.raises(ConversationError, match=problem):
         read_record({"turns": turns})
-

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import gzip
-import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +10,12 @@ import pytest
 
 from modelyard.chat.conversation import (
     Call,
-    Conversation,
     ConversationError,
     Message,
-    as_record,
-    read_conversation,
 )
-from modelyard.chat.expression import has_calls, read_arguments
-from modelyard.chat.families import QWEN, Llama3
-from modelyard.chat.formats import FORMATS, Reading, format_of, read_record, read_records
-from modelyard.chat.schema import call_problem
-from modelyard.chat.segments import text_of
+from modelyard.chat.formats import Reading, format_of, read_record
 from modelyard.chat.tool_data.bfcl import MORE_NEEDED, NO_FUNCTION
-from modelyard.chat.tool_data.convert import (
-    Counts,
-    convert_file,
-    distinct_tools,
-    kind_of,
-    read_file,
-    with_tools,
-)
-from modelyard.chat.tool_data.definitions import json_schema, load_definitions
-from modelyard.errors import UserError
-from tests.conftest import ROOT
-
-from tests.chat.tool_data.records import EXPRESSION, SEAL, calls_of, result, seal
-
-
+from tests.chat.tool_data.records import result
 
 
 def bfcl(calls: list[dict[str, Any]] | None, messages: list[Any] | None = None) -> dict[str, Any]:
@@ -89,6 +63,7 @@ def test_bfcl_one_call_and_several() -> None:
 
 
 def test_bfcl_where_nothing_is_to_be_called() -> None:
+    assert format_of(bfcl(None)) == format_of(BFCL_TURNS) == "bfcl"
     found = read_record(bfcl(None))
     assert found.messages[1:] == (Message("assistant", NO_FUNCTION),)
     assert len(found.tools) == 1
@@ -151,4 +126,3 @@ def test_bfcl_of_several_turns_that_is_of_no_use(
         read_record(BFCL_TURNS | change, "bfcl", Reading(definitions=math_functions(tmp_path)))
     with pytest.raises(ConversationError, match="defined in a file of their own: name it in `definitions`"):
         read_record(BFCL_TURNS)
-

@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gzip
-import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from modelyard.chat.conversation import (
-    Call,
-    Conversation,
     ConversationError,
-    Message,
     as_record,
     read_conversation,
 )
-from modelyard.chat.expression import has_calls, read_arguments
 from modelyard.chat.families import QWEN, Llama3
-from modelyard.chat.formats import FORMATS, Reading, format_of, read_record, read_records
-from modelyard.chat.schema import call_problem
+from modelyard.chat.formats import Reading, format_of, read_record
 from modelyard.chat.segments import text_of
-from modelyard.chat.tool_data.bfcl import MORE_NEEDED, NO_FUNCTION
-from modelyard.chat.tool_data.convert import (
-    Counts,
-    convert_file,
-    distinct_tools,
-    kind_of,
-    read_file,
-    with_tools,
-)
-from modelyard.chat.tool_data.definitions import json_schema, load_definitions
-from modelyard.errors import UserError
-from tests.conftest import ROOT
-
-from tests.chat.tool_data.records import EXPRESSION, SEAL, calls_of, result, seal
-
-
+from tests.chat.tool_data.records import calls_of, result
 
 NESTFUL = {
     "spec": "executable",
@@ -76,6 +52,7 @@ def nestful(tmp_path: Path) -> Path:
 
 
 def test_nestful_as_turns(nestful: Path) -> None:
+    assert format_of(NESTFUL) == "nestful"
     found = read_record(NESTFUL, None, Reading(definitions=nestful))
     first, second = found.messages[2].content, found.messages[3].content
     assert calls_of(found) == [
@@ -132,4 +109,3 @@ def test_nestful_that_is_of_no_use(nestful: Path, arguments: dict[str, Any], pro
         read_record(NESTFUL | {"output": NESTFUL["output"][-1:]}, None, Reading(definitions=nestful))
     with pytest.raises(ConversationError, match="name it in `definitions`"):
         read_record(NESTFUL)
-

@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-import gzip
-import itertools
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from modelyard.chat.conversation import (
     Call,
-    Conversation,
     ConversationError,
     Message,
-    as_record,
-    read_conversation,
 )
-from modelyard.chat.expression import has_calls, read_arguments
-from modelyard.chat.families import QWEN, Llama3
-from modelyard.chat.formats import FORMATS, Reading, format_of, read_record, read_records
+from modelyard.chat.formats import format_of, read_record
 from modelyard.chat.schema import call_problem
-from modelyard.chat.segments import text_of
-from modelyard.chat.tool_data.bfcl import MORE_NEEDED, NO_FUNCTION
-from modelyard.chat.tool_data.convert import (
-    Counts,
-    convert_file,
-    distinct_tools,
-    kind_of,
-    read_file,
-    with_tools,
-)
-from modelyard.chat.tool_data.definitions import json_schema, load_definitions
-from modelyard.errors import UserError
-from tests.conftest import ROOT
-
-from tests.chat.tool_data.records import EXPRESSION, SEAL, calls_of, result, seal
+from tests.chat.tool_data.records import EXPRESSION, SEAL, calls_of, result
 
 
 def test_seal_tools_as_turns() -> None:
+    assert format_of(SEAL) == "seal_tools"
     found = read_record(SEAL)
     place = found.messages[2].content["place"]
     assert place.startswith("place_")
@@ -100,4 +76,3 @@ def test_seal_tools_as_an_expression() -> None:
 def test_seal_tools_that_are_of_no_use(change: dict[str, Any], problem: str) -> None:
     with pytest.raises(ConversationError, match=problem):
         read_record({**SEAL, **change})
-

@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import gzip
-import itertools
 import json
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from modelyard.chat.conversation import (
-    Call,
     Conversation,
     ConversationError,
     Message,
-    as_record,
-    read_conversation,
 )
-from modelyard.chat.expression import has_calls, read_arguments
-from modelyard.chat.families import QWEN, Llama3
-from modelyard.chat.formats import FORMATS, Reading, format_of, read_record, read_records
-from modelyard.chat.schema import call_problem
-from modelyard.chat.segments import text_of
-from modelyard.chat.tool_data.bfcl import MORE_NEEDED, NO_FUNCTION
-from modelyard.chat.tool_data.convert import (
-    Counts,
-    convert_file,
-    distinct_tools,
-    kind_of,
-    read_file,
-    with_tools,
-)
-from modelyard.chat.tool_data.definitions import json_schema, load_definitions
-from modelyard.errors import UserError
-from tests.conftest import ROOT
-
-from tests.chat.tool_data.records import EXPRESSION, SEAL, calls_of, result, seal
-
-
+from modelyard.chat.formats import format_of, read_record, read_records
+from tests.chat.tool_data.records import EXPRESSION, calls_of, result
 
 
 def action(name: str, arguments: str) -> dict[str, str]:
@@ -80,6 +51,7 @@ ALPACA = {
 
 
 def test_toolalpaca() -> None:
+    assert format_of(ALPACA) == "toolalpaca"
     one, two, three, four, *useless = read_records(ALPACA)
     assert isinstance(one, Conversation)
     assert isinstance(two, Conversation)
@@ -123,4 +95,3 @@ def test_toolalpaca() -> None:
 def test_toolalpaca_without_its_document() -> None:
     (found,) = read_records(ALPACA | {"Documentation": "{"})
     assert str(found).startswith("its Documentation is no OpenAPI document in JSON")
-
