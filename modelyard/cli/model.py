@@ -1,4 +1,4 @@
-"""The verbs around what was trained: generate, convert, average, report."""
+"""The verbs around what was trained: generate, chat, convert, average, report."""
 
 from __future__ import annotations
 
@@ -29,7 +29,15 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a whole file as a prompt",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    _sampling_arguments(parser, max_new_tokens=128)
+    parser.add_argument("--json", action="store_true", help="one line a prompt: prompt, text, token_ids")
+
+
+def _sampling_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
+    """How text is drawn, and from what: for every verb in which a model writes."""
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=f"default: {max_new_tokens}"
+    )
     parser.add_argument(
         "--temperature",
         type=float,
@@ -48,13 +56,57 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", type=dtype_name, metavar="TYPE", help="fp32, bf16, fp16, fp64 (default: the weights' own)"
     )
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: the one beside the model")
-    parser.add_argument("--json", action="store_true", help="one line a prompt: prompt, text, token_ids")
 
 
 def _generate(options: argparse.Namespace) -> int:
     from modelyard.generate.command import generate_command
 
     return generate_command(options)
+
+
+def _chat_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", type=Path, metavar="MODEL", help="Hugging Face folder, checkpoint, or experiment folder"
+    )
+    parser.add_argument(
+        "--message",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="say this and show the answer, then leave; may be given several times, in their order",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="the system message (default: what the format says)")
+    parser.add_argument(
+        "--tools",
+        type=Path,
+        metavar="FILE",
+        help="definitions of tools as a JSON list, or a Python file whose functions are the tools",
+    )
+    parser.add_argument(
+        "--run-python",
+        action="store_true",
+        help="run what the model calls of a Python file of tools, in a process with limits (default: you are asked for results)",
+    )
+    parser.add_argument(
+        "--family",
+        metavar="NAME",
+        help="chat format: llama3, qwen2.5, chatml, vicuna, template (default: that of the model)",
+    )
+    _sampling_arguments(parser, max_new_tokens=512)
+    parser.add_argument(
+        "--show-tokens", action="store_true", help="show the ids that the model reads each time"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="one line a turn: message, answer, calls, messages, text, token_ids, stopped",
+    )
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from modelyard.generate.chat_command import chat_command
+
+    return chat_command(options)
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -166,6 +218,17 @@ VERBS: dict[str, Verb] = {
   modelyard generate Llama-3.1-8B --prompt-file question.txt --top-p 0.9 --json""",
         _generate_arguments,
         _generate,
+    ),
+    "chat": Verb(
+        "Talk with a model in the terminal, in the format that it was taught.",
+        """\
+A line is a message; /help lists what else may be said. Ctrl-C stops an answer, Ctrl-D ends.
+examples:
+  modelyard chat runs/sft
+  modelyard chat runs/sft/export/llama/1000 --system 'Answer in one sentence.' --temperature 0.6 --top-p 0.9
+  modelyard chat runs/sft --tools tools.json --message 'What is the weather in Rome?' --json""",
+        _chat_arguments,
+        _chat,
     ),
     "convert": Verb(
         "Write a folder that transformers loads.",

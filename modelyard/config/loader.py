@@ -382,9 +382,10 @@ def _missing_data(config: TrainConfig, document: Document) -> list[str]:
         path = ("data", "tokenizer", "path")
         lines.append(f"{document.origin(path)}: {dotted(path)}: {missing_path(config.data.tokenizer.path)}")
     for name, entry in config.training.evaluators.items():
-        if isinstance(entry.evaluator, ChatEvaluatorConfig) and (file := entry.evaluator.path):
+        file = entry.evaluator.path if isinstance(entry.evaluator, ChatEvaluatorConfig) else None
+        if file is not None and not file.exists():
             path = ("training", "evaluators", name, "evaluator", "path")
-            lines += [] if file.exists() else [f"{document.origin(path)}: {dotted(path)}: {missing_path(file)}"]
+            lines.append(f"{document.origin(path)}: {dotted(path)}: {missing_path(file)}")
     return list(dict.fromkeys(lines))
 
 

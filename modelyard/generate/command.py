@@ -10,6 +10,7 @@ from pathlib import Path
 from modelyard.errors import UserError, missing_path
 from modelyard.generate.sample import SamplingOptions
 from modelyard.generate.text import Generator
+from modelyard.model.decoder import Decoder
 from modelyard.model.formats import load_decoder
 from modelyard.train.build import compute_device
 from modelyard.train.export import named_tokenizer, open_model
@@ -23,29 +24,10 @@ def generate_command(options: argparse.Namespace) -> int:
         raise UserError(
             "no prompt: give --prompt TEXT or --prompt-file FILE (an empty text starts from nothing)"
         )
-    sampling = SamplingOptions(
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
-    named = named_tokenizer(options.tokenizer)
-    model = open_model(options.model)
-    tokenizer_folder = named or model.tokenizer_folder
-    if tokenizer_folder is None:
-        raise UserError(f"{options.model} has no tokenizer beside it; name one with --tokenizer DIR")
-    decoder = load_decoder(
-        model.weights,
-        model.architecture,
-        where=str(model.folder),
-        dtype=DTYPES[options.dtype] if options.dtype else None,
-        device=compute_device(),
-    )
-    # The roundings of transformers, so that greedy text in bf16 is the same there and here.
-    decoder.rotary_dtype = decoder.output_weight.dtype
+    sampling = sampling_options(options)
+    decoder, tokenizer_folder = load_model(options.model, tokenizer=options.tokenizer, dtype=options.dtype)
     generator = Generator(decoder, tokenizer_folder)
-    limit = model.architecture.max_position_embeddings
+    limit = decoder.architecture.max_position_embeddings
     longest = max(len(generator.encode(prompt)) for prompt in prompts) + options.max_new_tokens
     if limit is not None and longest > limit:
         print(
@@ -63,6 +45,39 @@ def generate_command(options: argparse.Namespace) -> int:
             print(piece.text, end="", flush=True)
         print(flush=True)
     return 0
+
+
+def sampling_options(options: argparse.Namespace) -> SamplingOptions:
+    """What the command line says of drawing. Raises UserError with everything that is out of range."""
+    return SamplingOptions(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+
+
+def load_model(path: Path, *, tokenizer: Path | None, dtype: str | None) -> tuple[Decoder, Path]:
+    """A model on disk in whatever form, ready to generate, and the folder of its tokenizer, or the one that is named.
+
+    `dtype` None: the weights' own. Raises UserError where there is no model, or no tokenizer.
+    """
+    named = named_tokenizer(tokenizer)
+    model = open_model(path)
+    folder = named or model.tokenizer_folder
+    if folder is None:
+        raise UserError(f"{path} has no tokenizer beside it; name one with --tokenizer DIR")
+    decoder = load_decoder(
+        model.weights,
+        model.architecture,
+        where=str(model.folder),
+        dtype=DTYPES[dtype] if dtype else None,
+        device=compute_device(),
+    )
+    # The roundings of transformers, so that greedy text in bf16 is the same there and here.
+    decoder.rotary_dtype = decoder.output_weight.dtype
+    return decoder, folder
 
 
 def _read_prompt(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,34 @@ class Completion:
     """The new tokens; the stop token too where there was one, as in transformers."""
 
 
+def pieces(
+    before: Sequence[int], tokens: Iterable[int], decode: Callable[[Sequence[int]], str]
+) -> Iterator[Piece]:
+    """Each of `tokens`, which come after `before`, with the text that it completes; characters are never split."""
+    ids = list(before)
+    begin, shown = 0, len(ids)
+
+    def added() -> str:
+        """The text of ids[shown:]. Decoded from `begin`, the piece before, whose end shapes how it begins: some
+        tokenizers drop the first space of whatever they decode."""
+        return decode(ids[begin:])[len(decode(ids[begin:shown])) :]
+
+    held: int | None = None
+    for token in tokens:
+        if held is not None:
+            yield Piece(held, "")
+        ids.append(token)
+        text = added()
+        if text.endswith("\ufffd"):
+            held = token  # perhaps the first bytes of a character
+            continue
+        held = None
+        yield Piece(token, text)
+        begin, shown = (shown if text else begin), len(ids)
+    if held is not None:
+        yield Piece(held, added())
+
+
 class Generator:
     """A model with its tokenizer."""
 
@@ -43,12 +71,8 @@ class Generator:
         """
         self.model = model
         self.tokenizer = _load_tokenizer(folder)
-        vocabulary = model.architecture.vocab_size
-        if len(self.tokenizer) > vocabulary:
-            raise UserError(
-                f"the tokenizer in {folder} has {len(self.tokenizer):,} tokens, the model {vocabulary:,}: it is another's"
-            )
-        self.stop_ids = _stop_ids(folder, self.tokenizer)
+        refuse_another_tokenizer(folder, len(self.tokenizer), model.architecture.vocab_size)
+        self.stop_ids = stop_ids(folder, self.tokenizer.eos_token_id)
         self._start_id = _start_id(folder, self.tokenizer)
 
     def encode(self, prompt: str) -> list[int]:
@@ -65,33 +89,15 @@ class Generator:
     def stream(self, prompt: str, options: SamplingOptions) -> Iterator[Piece]:
         """Yield each new token with the text that it completes; characters are never split."""
         ids = self.encode(prompt)
-        begin, shown = 0, len(ids)
-        held: int | None = None
-        for token in generate(self.model, tuple(ids), options, stop_ids=self.stop_ids):
-            if held is not None:
-                yield Piece(held, "")
-            ids.append(token)
-            text = self._added(ids, begin, shown)
-            if text.endswith("\ufffd"):
-                held = token  # perhaps the first bytes of a character
-                continue
-            held = None
-            yield Piece(token, text)
-            begin, shown = (shown if text else begin), len(ids)
-        if held is not None:
-            yield Piece(held, self._added(ids, begin, shown))
-
-    def _added(self, ids: list[int], begin: int, shown: int) -> str:
-        """The text of ids[shown:]. Decoded from `begin`, the piece before, whose end shapes how it begins: some
-        tokenizers drop the first space of whatever they decode."""
-        return self._decode(ids[begin:])[len(self._decode(ids[begin:shown])) :]
+        tokens = generate(self.model, tuple(ids), options, stop_ids=self.stop_ids)
+        return pieces(ids, tokens, self._decode)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def complete(self, prompt: str, options: SamplingOptions) -> Completion:
-        pieces = list(self.stream(prompt, options))
-        return Completion(prompt, "".join(p.text for p in pieces), [p.token_id for p in pieces])
+        made = list(self.stream(prompt, options))
+        return Completion(prompt, "".join(p.text for p in made), [p.token_id for p in made])
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -114,9 +120,18 @@ def _config_value(folder: Path, name: str) -> Any:
     return None
 
 
-def _stop_ids(folder: Path, tokenizer: Any) -> frozenset[int]:
+def refuse_another_tokenizer(folder: Path, tokens: int, vocabulary: int) -> None:
+    """Raise UserError where the tokenizer in `folder` has more tokens than the model's vocabulary."""
+    if tokens > vocabulary:
+        raise UserError(
+            f"the tokenizer in {folder} has {tokens:,} tokens, the model {vocabulary:,}: it is another's"
+        )
+
+
+def stop_ids(folder: Path, end_id: int | None) -> frozenset[int]:
+    """The tokens that end a text: the model's, else the tokenizer's own, `end_id`."""
     value = _config_value(folder, "eos_token_id")
-    value = tokenizer.eos_token_id if value is None else value
+    value = end_id if value is None else value
     return frozenset(value if isinstance(value, list) else [] if value is None else [value])
 
 

@@ -9,7 +9,7 @@ chunk's gradients while its logits are there, so that [tokens, vocabulary] never
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,32 +50,59 @@ def linear_cross_entropy(
         raise ValueError(f"unknown cross-entropy implementation {implementation!r}")
     with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if not with_gradients:
-        return token_losses(
+        return token_scores(
             hidden, weight, labels, z_loss=z_loss, logits_scale=logits_scale, vocabulary=vocabulary
-        ).sum()
+        ).losses.sum()
     return _Fused.apply(hidden, weight, labels, z_loss, logits_scale, vocabulary, weight_gradient_to)
 
 
+class TokenScores(NamedTuple):
+    """How well each token's label was foreseen."""
+
+    losses: Tensor
+    """[tokens] in fp32 or wider; 0 where the label is -100."""
+    hits: Tensor
+    """Bool [tokens]: whether no word is likelier than the label, and none before it in the vocabulary is as likely: what
+    `argmax` says. False where the label is -100."""
+
+
 @torch.no_grad()
-def token_losses(
+def token_scores(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     *,
+    implementation: str = "auto",
     z_loss: float = 0.0,
     logits_scale: float = 1.0,
     vocabulary: Vocabulary | None = None,
-) -> Tensor:
-    """Each token's loss, 0 where the label is -100: [tokens] in fp32 or wider, in chunks, without gradients.
+) -> TokenScores:
+    """Each token's loss, and whether its label is the likeliest word, without gradients.
 
-    `vocabulary` as in `linear_cross_entropy`.
+    Takes what `linear_cross_entropy` takes. `torch` has all logits at once (with a `vocabulary`: of all processes), `fused`
+    those of a chunk of tokens.
     """
+    if implementation == "torch":
+        logits = _wide_logits(hidden, weight, logits_scale)
+        losses = _losses(logits, labels, z_loss, vocabulary)
+        words = logits if vocabulary is None else vocabulary.gather(logits)
+        return TokenScores(losses, words.argmax(-1) == labels)
+    if implementation not in ("auto", "fused"):
+        raise ValueError(f"unknown cross-entropy implementation {implementation!r}")
     losses = hidden.new_zeros(labels.shape, dtype=wide(hidden.dtype))
+    hits = torch.zeros_like(labels, dtype=torch.bool)
     rows = _trained_rows(labels)
-    for chunk in rows.split(_chunk_rows(weight)):
-        logits = _wide_logits(hidden[chunk], weight, logits_scale)
-        losses[chunk] = _losses(logits, labels[chunk], z_loss, vocabulary)
-    return losses
+    step, block = min(_chunk_rows(weight), max(len(rows), 1)), _block_rows(weight, vocabulary)
+    buffer = hidden.new_empty((step, weight.shape[0]))  # as in `_Fused`
+    for chunk in rows.split(step):
+        logits = torch.mm(hidden[chunk], weight.t(), out=buffer[: len(chunk)])
+        parts = [
+            _scores(words, targets, losses.dtype, logits_scale, z_loss, vocabulary)
+            for words, targets in zip(logits.split(block), labels[chunk, None].split(block), strict=True)
+        ]
+        losses[chunk] = torch.cat([loss for loss, _ in parts])
+        hits[chunk] = torch.cat([hit for _, hit in parts])
+    return TokenScores(losses, hits)
 
 
 def _wide_logits(hidden: Tensor, weight: Tensor, logits_scale: float) -> Tensor:
@@ -110,10 +137,68 @@ def _chunk_rows(weight: Tensor) -> int:
     return max(256, elements // weight.shape[0])
 
 
-def _block_rows(weight: Tensor) -> int:
+def _block_rows(weight: Tensor, vocabulary: Vocabulary | None) -> int:
     """Tokens whose softmax is made at once: about 1 MiB of fp32 on a CPU (half the time of a pass over a whole chunk
-    at a time, measured at vocabulary 32,000); on a GPU the whole chunk."""
-    return _chunk_rows(weight) if weight.is_cuda else max(1, (1 << 18) // weight.shape[0])
+    at a time, measured at vocabulary 32,000); on a GPU the whole chunk.
+
+    With a `vocabulary`, too: what is asked of other processes is asked for a whole chunk, as messages cost more than the
+    cache saves.
+    """
+    if weight.is_cuda or vocabulary is not None:
+        return _chunk_rows(weight)
+    return max(1, (1 << 18) // weight.shape[0])
+
+
+def _softmax(
+    logits: Tensor, highest: Tensor, target: Tensor, vocabulary: Vocabulary | None, *beside: Tensor
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """Turn a block of logits into exp(logit - highest), in place, and sum over it what the loss needs.
+
+    logits [rows, vocabulary] in fp32 or wider, highest [rows, 1]: the highest of each row (of all processes); target
+    [rows, 1]. Returns where the targets are among these words; whether they are there (None: all are); and, of all
+    processes, [rows, 1] each: the sum of the exponentials, the target's logit, and the sums of what is `beside`.
+    """
+    own = None
+    if vocabulary is not None:
+        target, own = find(target, logits.shape[1], vocabulary.begin)
+    label_logits = logits.gather(-1, target)
+    sums = [logits.sub_(highest).exp_().sum(-1, keepdim=True), label_logits, *beside]
+    if vocabulary is not None and own is not None:
+        sums[1] = label_logits.where(own, 0.0)
+        together = torch.stack(sums)
+        vocabulary.sum_(together)
+        sums = list(together)
+    return target, own, sums
+
+
+def _scores(
+    logits: Tensor,
+    target: Tensor,
+    dtype: torch.dtype,
+    logits_scale: float,
+    z_loss: float,
+    vocabulary: Vocabulary | None,
+) -> tuple[Tensor, Tensor]:
+    """`token_scores` of a block of logits [rows, vocabulary], which are overwritten; target [rows, 1], each a word."""
+    logits = logits.to(dtype)
+    if logits_scale != 1.0:
+        logits.mul_(logits_scale)
+    highest, word = logits.max(-1, keepdim=True)  # of equal ones the first
+    if vocabulary is None:
+        _, _, (normaliser, label_logits) = _softmax(logits, highest, target, None)
+        hits = word == target
+    else:
+        here = highest.clone()
+        vocabulary.max_(highest)
+        # Whether words of this process come before the target and are as likely as any.
+        before = (here == highest) & (word + vocabulary.begin < target)
+        _, _, (normaliser, label_logits, before) = _softmax(logits, highest, target, vocabulary, before)
+        hits = (label_logits == highest) & (before == 0)
+    lse = normaliser.log_().add_(highest)
+    losses = lse - label_logits
+    if z_loss:
+        losses += z_loss * lse.square()
+    return losses[:, 0], hits[:, 0]
 
 
 def _exponentials(
@@ -134,17 +219,10 @@ def _exponentials(
     if logits_scale != 1.0:
         wide_logits.mul_(logits_scale)
     highest = wide_logits.amax(-1, keepdim=True)
-    own = None  # whether the label's logit is here
     if vocabulary is not None:
         vocabulary.max_(highest)
-        target, own = find(target, logits.shape[1], vocabulary.begin)
-    label_logits = wide_logits.gather(-1, target)
-    exponentials = wide_logits.sub_(highest).exp_()
-    normaliser = exponentials.sum(-1, keepdim=True)
-    if vocabulary is not None and own is not None:
-        sums = torch.stack([normaliser, label_logits.where(own, 0.0)])
-        vocabulary.sum_(sums)
-        normaliser, label_logits = sums
+    target, own, (normaliser, label_logits) = _softmax(wide_logits, highest, target, vocabulary)
+    exponentials = wide_logits
     lse = normaliser.log().add_(highest)
     losses = lse - label_logits
     torch.reciprocal(normaliser, out=coefficient)
@@ -205,8 +283,7 @@ class _Fused(torch.autograd.Function):
             logits = torch.mm(chunk, weight.t(), out=buffer[: len(chunk)])
             # The products want many tokens at once, the softmax few: its passes then find their block in the cache.
             coefficient = chunk.new_empty((len(chunk), 1), dtype=dtype)
-            # What is asked of other processes is asked for a whole chunk: messages cost more than the cache saves.
-            block = _block_rows(weight) if vocabulary is None else len(chunk)
+            block = _block_rows(weight, vocabulary)
             for first in range(0, len(chunk), block):
                 part = slice(first, first + block)
                 losses[begin : begin + step][part] = _exponentials(

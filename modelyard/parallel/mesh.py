@@ -118,6 +118,13 @@ class Mesh:
         total_loss, total_square, total_targets, notices, abandons = sums.tolist()
         return Totals(total_loss, total_square, round(total_targets), notices > 0, abandons > 0)
 
+    def total_of_losses(self, sums: Tensor) -> Tensor:
+        """The sum over all processes of what each has summed over the losses of its tokens; it counts where `has_loss`."""
+        total = sums.clone() if self.has_loss else torch.zeros_like(sums)
+        if self.is_distributed:
+            dist.all_reduce(total)
+        return total
+
 
 def alone(device: torch.device | str = "cpu") -> Mesh:
     """The mesh of one process."""

@@ -51,6 +51,7 @@ from modelyard.parallel.mesh import Mesh
 from modelyard.parallel.stages import process_of, stages_of
 from modelyard.parallel.torch_private import finish_backward, held_graph, without_first_messages
 from modelyard.train.phases import untimed
+from modelyard.train.scores import head_score_sums, no_scores
 from modelyard.train.step import LossOptions, head_loss
 from modelyard.train.weights import Weights
 
@@ -163,15 +164,15 @@ class Pipeline:
 
     # --- without gradients --------------------------------------------------------------------------------------
 
-    def loss_sums(self, parts: Sequence[Batch], options: LossOptions) -> Tensor:
-        """The summed loss of micro-batches, of any shapes, by a forward pass alone: fp64; 0 where the last stage is not.
+    def score_sums(self, parts: Sequence[Batch], options: LossOptions) -> Tensor:
+        """The sum over micro-batches, of any shapes, of `modelyard.train.scores.score_sums`; 0 where the last stage is not.
 
         Every process of the pipeline calls it with the same rows, and `Parallel.release` at the end of an evaluation.
         """
-        total = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
+        total = no_scores(self._mesh.device)
 
         def add(model: Decoder, hidden: Tensor, part: Batch) -> None:
-            total.add_(head_loss(model, hidden, part.labels, options))
+            total.add_(head_score_sums(model, hidden, part, options))
 
         self._forward(parts, add)
         return total

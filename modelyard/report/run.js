@@ -10,7 +10,7 @@ view.allMarks = runs.flatMap((run, index) => run.marks.map((mark) => ({ ...mark,
 view.extent = Object.fromEntries(["i", "t", "s"].map((axis) => {
   let most = 0;
   for (const run of runs) {
-    for (const one of [...Object.values(run.series), ...Object.values(run.evaluators), ...(run.phases ? [run.phases.to] : [])]) {
+    for (const one of [...Object.values(run.series), ...Object.values(run.evaluators), ...Object.values(run.answers), ...(run.phases ? [run.phases.to] : [])]) {
       for (const x of one[axis]) if (x > most) most = x;
     }
   }
@@ -38,7 +38,7 @@ const series = (key, name) => ({ name, points: (run) => run.series[key] });
 
 // The mean since the record before stands for training; the loss of that one iteration is the faint line behind it.
 const same = (a, b) => a.v.length === b.v.length && a.v.every((v, k) => v === b.v[k]);
-const evaluators = [...new Set(runs.flatMap((run) => Object.keys(run.evaluators)))].sort();
+const named = (of) => [...new Set(runs.flatMap((run) => Object.keys(run[of])))].sort().map((name) => ({ name, points: (run) => run[of][name] }));
 const PLOTS = [
   ["Loss", UNITS.loss, [
     {
@@ -46,14 +46,17 @@ const PLOTS = [
       points: (run) => run.series.loss_mean ?? run.series.loss,
       raw: ({ series: { loss, loss_mean: mean } }) => (loss && mean && !same(loss, mean) ? loss : null),
     },
-    ...evaluators.map((name) => ({ name, points: (run) => run.evaluators[name] })),
+    ...named("evaluators"),
   ], { wide: true, fromZero: false }],
+  ["Loss of what the assistant says, by kind", UNITS.loss, named("kind_losses"), {}],
+  ["Accuracy", UNITS.share, named("accuracies"), {}],
   ["Learning rate", UNITS.rate, [series("learning_rate", "learning rate")], {}],
   ["Gradient norm, before clipping", UNITS.norm, [{ ...series("grad_norm", "gradient norm"), smoothable: true }], {}],
   ["Throughput", UNITS.speed, [series("tokens_per_second", "tokens/s")], {}],
   ["Model FLOP utilisation (MFU)", UNITS.share, [series("mfu_causal", "causal"), series("mfu_full", "full square")], {}],
   ["Model FLOP/s", UNITS.flops, [series("model_flops_per_second", "model FLOP/s")], {}],
   ["Peak memory so far", UNITS.bytes, [series("memory_bytes", "memory")], {}],
+  ["Answers to conversations", UNITS.share, named("answers"), {}],
   ["Waiting for data", UNITS.share, [series("data_wait_share", "share of step time")], {}],
 ];
 
@@ -98,7 +101,7 @@ if (view.plots.length) {
       return node;
     }));
   }
-  const axes = Object.entries(AXES).filter(([axis]) => runs.some((run) => [...Object.values(run.series), ...Object.values(run.evaluators)].some((one) => (one[axis][0] ?? null) !== null)));
+  const axes = Object.entries(AXES).filter(([axis]) => runs.some((run) => [...Object.values(run.series), ...Object.values(run.evaluators), ...Object.values(run.answers)].some((one) => (one[axis][0] ?? null) !== null)));
   group("Over", ...axes.map(([axis, { name }]) => button(name, (node) => {
     for (const other of node.parentNode.querySelectorAll("button")) other.setAttribute("aria-pressed", String(other === node));
     view.axis = axis;

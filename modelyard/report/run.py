@@ -41,6 +41,9 @@ NUMBERS = (
 )
 """Keys of a training record that are read; `seconds` becomes a column `seconds.<phase>` each."""
 
+OF_ANSWERS = ("stopped", "valid_calls")
+"""Shares that an evaluator of conversations measures: answers that ended by themselves, calls as they are defined."""
+
 MAY_BE_NOT_FINITE = ("loss", "loss_mean", "grad_norm")
 """Where null (or NaN) says that the number was not finite; elsewhere it says that there is none."""
 
@@ -74,8 +77,11 @@ class Run:
     training: dict[str, Floats]
     """Columns of the training records, ordered by iteration; NaN where a record has no such number."""
     evaluators: dict[str, dict[str, Floats]] = field(default_factory=dict)
-    """Columns `iteration`, `time`, `loss`, `targets` of each evaluator."""
+    """Columns `iteration`, `time`, `loss`, `targets` of each evaluator; where its records have them, `accuracy` and for each
+    kind of what an assistant says `loss.<kind>` and `accuracy.<kind>`."""
     samples: list[Samples] = field(default_factory=list)
+    answers: dict[str, dict[str, Floats]] = field(default_factory=dict)
+    """Columns `iteration`, `time`, `stopped`, `valid_calls` of each evaluator of conversations."""
     events: list[Event] | None = None
     """None where the run kept none."""
     config: dict[str, Any] | None = None
@@ -99,8 +105,8 @@ def read_run(folder: Path) -> Run:
     """Read the experiment in `folder`, finished or not. Raises UserError where there is none."""
     _refuse_what_is_no_run(folder)
     remarks: list[str] = []
-    training, evaluators, samples = _metrics(folder / "metrics.jsonl", remarks)
-    run = Run(folder, training, evaluators, samples, remarks=remarks)
+    training, evaluators, samples, answers = _metrics(folder / "metrics.jsonl", remarks)
+    run = Run(folder, training, evaluators, samples, answers, remarks=remarks)
     run.events = _events(folder / "events.jsonl", remarks)
     _add_last_seconds(run)
     _configuration(run)
@@ -211,14 +217,15 @@ def _number(value: Any) -> float:
 
 def _metrics(
     path: Path, remarks: list[str]
-) -> tuple[dict[str, Floats], dict[str, dict[str, Floats]], list[Samples]]:
+) -> tuple[dict[str, Floats], dict[str, dict[str, Floats]], list[Samples], dict[str, dict[str, Floats]]]:
     training, evaluators, samples = _Columns(), dict[str, _Columns](), list[Samples]()
+    answers = dict[str, _Columns]()
     strange = 0
     if not path.is_file():
         remarks.append(
             "metrics.jsonl is not there: the run has not logged anything, or the file was removed."
         )
-        return training.arrays(), {}, []
+        return training.arrays(), {}, [], {}
     for record in json_lines(path, remarks):
         iteration, name = _number(record.get("iteration")), record.get("evaluator")
         if math.isnan(iteration):
@@ -231,8 +238,17 @@ def _metrics(
             training.add(row)
         elif isinstance(record.get("samples"), list):
             samples.append(Samples(int(iteration), str(name), _texts(record["samples"])))
+            if "stopped" in record:
+                row = {key: record.get(key) for key in ("iteration", "time", *OF_ANSWERS)}
+                answers.setdefault(str(name), _Columns()).add(row)
         elif "loss" in record:
             row = {key: record.get(key) for key in ("iteration", "time", "loss", "targets")}
+            if "accuracy" in record:
+                row["accuracy"] = record["accuracy"]
+            kinds = record.get("kinds")
+            for kind, score in kinds.items() if isinstance(kinds, dict) else ():
+                if isinstance(score, dict):
+                    row |= {f"{key}.{kind}": score.get(key) for key in ("loss", "accuracy")}
             evaluators.setdefault(str(name), _Columns()).add(row)
     if strange:
         plural = strange > 1
@@ -243,7 +259,8 @@ def _metrics(
     columns = training.arrays()
     if not len(columns["iteration"]):
         remarks.append("metrics.jsonl has no training records yet.")
-    return columns, {name: rows.arrays() for name, rows in evaluators.items()}, samples
+    found = [{name: rows.arrays() for name, rows in of.items()} for of in (evaluators, answers)]
+    return columns, found[0], samples, found[1]
 
 
 def _texts(samples: list[Any]) -> list[tuple[str, str]]:

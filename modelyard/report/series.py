@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from modelyard.report.run import MAY_BE_NOT_FINITE, PHASES, Event, Floats, Run
+from modelyard.report.run import MAY_BE_NOT_FINITE, OF_ANSWERS, PHASES, Event, Floats, Run
 
 BUCKETS = 1000
 """A longer series than 4 × this keeps of each of so many stretches its lowest, its highest and its first bad point."""
@@ -38,7 +38,8 @@ class Places:
 
     def __init__(self, run: Run):
         self._iteration, self._tokens = run.training["iteration"], run.column("tokens")
-        known = [run.column("time"), *(columns["time"] for columns in run.evaluators.values())]
+        evaluations = (*run.evaluators.values(), *run.answers.values())
+        known = [run.column("time"), *(columns["time"] for columns in evaluations)]
         events = run.events or []
         moments = np.concatenate([*known, [event.time for event in events]])
         self._moments = np.unique(moments[np.isfinite(moments)])
@@ -123,7 +124,7 @@ def page_data(run: Run) -> dict[str, Any]:
     """What the page's script draws of `run`.
 
     `series`: key → {i, t, s: places; v: values, null where not finite; smooth: the same of means, where thinned};
-    `evaluators`: name → the same; `phases`: spans and seconds of each phase; `marks`: events with their places;
+    `evaluators` (loss), `kind_losses`, `accuracies`, and `answers` of conversations: name → the same; `phases`: spans and seconds of each phase; `marks`: events with their places;
     `thinned`: whether anything was.
     """
     places = Places(run)
@@ -134,9 +135,29 @@ def page_data(run: Run) -> dict[str, Any]:
             name: _series(columns, columns["loss"], places, "loss")
             for name, columns in sorted(run.evaluators.items())
         },
+        "kind_losses": _of_evaluators(run, places, "loss.", ()),
+        "accuracies": _of_evaluators(run, places, "accuracy.", ("accuracy",)),
+        "answers": {
+            f"{name}: {key.replace('_', ' ')}": _series(columns, columns[key], places, key)
+            for name, columns in sorted(run.answers.items())
+            for key in OF_ANSWERS
+            if np.isfinite(columns[key]).any()
+        },
         "phases": _phases(run, places),
         "marks": _marks(run, places),
         "thinned": any("smooth" in one for one in series.values()),
+    }
+
+
+def _of_evaluators(run: Run, places: Places, prefix: str, whole: tuple[str, ...]) -> dict[str, Any]:
+    """The columns of each evaluator that `prefix` begins, under its name and the kind, and those of `whole`, under its name."""
+    return {
+        name if key in whole else f"{name}: {key.removeprefix(prefix).replace('_', ' ')}": _series(
+            columns, values, places, key
+        )
+        for name, columns in sorted(run.evaluators.items())
+        for key, values in columns.items()
+        if (key in whole or key.startswith(prefix)) and np.isfinite(values).any()
     }
 
 

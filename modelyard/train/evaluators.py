@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from modelyard.config.architecture import Architecture
 from modelyard.config.train import TrainConfig
-from modelyard.config.training import EvaluatorConfig, LossEvaluatorConfig, SamplesEvaluatorConfig
+from modelyard.config.training import (
+    ChatEvaluatorConfig,
+    EvaluatorConfig,
+    LossEvaluatorConfig,
+    SamplesEvaluatorConfig,
+)
 from modelyard.data.stream import DataStream
 from modelyard.errors import UserError
 from modelyard.generate.sample import Alone
@@ -24,14 +27,11 @@ from modelyard.parallel.apply import Parallel
 from modelyard.parallel.context import whole_rows
 from modelyard.parallel.world import World
 from modelyard.train.build import loss_options, open_stream
-from modelyard.train.step import LossOptions, loss_sum, micro_batches
+from modelyard.train.scores import Evaluation, no_scores, score_sums
+from modelyard.train.step import LossOptions, micro_batches
 
-
-@dataclass(frozen=True)
-class Evaluation:
-    loss: float
-    """Mean over the targets, in nats."""
-    targets: int
+if TYPE_CHECKING:
+    from modelyard.train.chat_evaluator import ChatEvaluator
 
 
 def evaluate_loss(
@@ -43,15 +43,14 @@ def evaluate_loss(
     options: LossOptions,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """Loss over the first `iterations` batches of `stream`, the same ones each time; None: over every document once.
+    """Scores over the first `iterations` batches of `stream`, the same ones each time; None: over every document once.
 
     Every process calls it and reads its share of the rows. Returns None when `stop`, which all must answer alike, cut it
     short.
     """
     model, mesh, device = parallel.model, parallel.mesh, parallel.mesh.device
     share = (mesh.share, mesh.layout.data)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    targets = 0
+    total = no_scores(device)
     batches = (
         stream.one_pass(share)
         if iterations is None
@@ -61,17 +60,14 @@ def evaluate_loss(
         for batch in batches:
             if stop():
                 return None
-            local = parallel.local(batch)
-            targets += local.num_targets
-            parts = micro_batches(local, micro_batch_size, device)
+            parts = micro_batches(parallel.local(batch), micro_batch_size, device)
             if isinstance(model, Decoder):
                 for micro_batch in parts:
-                    total += loss_sum(model, micro_batch, options)
+                    total += score_sums(model, micro_batch, options)
             else:
-                total += model.loss_sums(list(parts), options)
+                total += model.score_sums(list(parts), options)
     parallel.release()
-    totals = mesh.total(total, 0.0, targets)
-    return Evaluation(totals.loss / max(totals.targets, 1), totals.targets)
+    return Evaluation.of(mesh.total_of_losses(total))
 
 
 class _InLockStep:
@@ -125,12 +121,16 @@ class Evaluators:
         }
         if config.training.test_iters:  # No evaluator has this name: the config refuses it.
             self._streams["test"] = open_stream(config, "test", architecture)
-        if tokenizer_folder is None and any(
-            isinstance(e.evaluator, SamplesEvaluatorConfig) for e in entries.values()
-        ):
-            raise UserError(
-                "a samples evaluator needs a tokenizer: prepare the data again, or set data.tokenizer.path"
-            )
+        for entry in entries.values():
+            if tokenizer_folder is None and not isinstance(entry.evaluator, LossEvaluatorConfig):
+                raise UserError(
+                    f"a {entry.evaluator.type} evaluator needs a tokenizer: prepare the data again, or set data.tokenizer.path"
+                )
+        self._chats = {
+            name: _open_chat(name, entry.evaluator, tokenizer_folder, architecture)
+            for name, entry in entries.items()
+            if isinstance(entry.evaluator, ChatEvaluatorConfig) and tokenizer_folder is not None
+        }
 
     @property
     def streams(self) -> list[DataStream]:
@@ -143,6 +143,8 @@ class Evaluators:
         """Run one evaluator; returns its record for the metrics, None when it was told to stop."""
         if isinstance(entry.evaluator, SamplesEvaluatorConfig):
             return self._samples(name, entry.evaluator, parallel, iteration)
+        if isinstance(entry.evaluator, ChatEvaluatorConfig):
+            return self._chat(name, parallel, iteration)
         return self._loss(name, entry.evaluator.iterations, parallel, iteration)
 
     def test(self, parallel: Parallel, iteration: int) -> dict[str, Any] | None:
@@ -164,14 +166,11 @@ class Evaluators:
         )
         if evaluation is None:
             return None
-        self._say(
-            f"evaluator {name} at iteration {iteration}: loss {evaluation.loss:.4f} over {evaluation.targets:,} tokens"
-        )
+        self._say(f"evaluator {name} at iteration {iteration}: {evaluation}")
         return {
             "iteration": iteration,
             "evaluator": name,
-            "loss": evaluation.loss if math.isfinite(evaluation.loss) else None,
-            "targets": evaluation.targets,
+            **evaluation.record(),
             "seconds": time.perf_counter() - begin,
         }
 
@@ -199,3 +198,21 @@ class Evaluators:
             self._say(f"{name} at iteration {iteration}: {prompt!r} → {text!r}")
         parallel.release()
         return {"iteration": iteration, "evaluator": name, "samples": samples}
+
+    def _chat(self, name: str, parallel: Parallel, iteration: int) -> dict[str, Any] | None:
+        record = self._chats[name].record(
+            _InLockStep(parallel, self._world),
+            iteration,
+            say=self._say,
+            stop=self._stop,
+        )
+        parallel.release()
+        return record
+
+
+def _open_chat(
+    name: str, settings: ChatEvaluatorConfig, tokenizer_folder: Path, architecture: Architecture
+) -> ChatEvaluator:
+    from modelyard.train.chat_evaluator import ChatEvaluator
+
+    return ChatEvaluator(name, settings, tokenizer_folder, architecture)

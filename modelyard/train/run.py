@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -231,6 +231,11 @@ def _loop(run: Run, log: MetricsLog | NoMetrics) -> int:
         # What a kill or a signal cut off after this iteration's checkpoint was written.
         done = log.evaluated if training.train_iters else ()
         _side_work(run, log, resumed=True, done=done)
+    else:
+        _evaluate(
+            run, log, [n for n, e in training.evaluators.items() if e.at_start and n not in log.evaluated]
+        )
+        run.clock("other")
 
     begin, steps = time.perf_counter(), 0
     for result, rate, data_wait in run.steps():
@@ -310,14 +315,19 @@ def _side_work(
     if iteration and (training.checkpoint.wanted(iteration) or run.finished):
         clock("checkpoint")
         run.save(wait=leaving)
-    for name, entry in training.evaluators.items():
-        if (entry.due(iteration) or (run.finished and entry.interval)) and name not in done:
-            clock("evaluation")
-            evaluation = run.evaluators.run(name, entry, run.parallel, iteration)
-            if evaluation is not None:
-                log.write(evaluation, prefix=name)
+    due = {n: e.due(iteration) or (run.finished and e.interval) for n, e in training.evaluators.items()}
+    _evaluate(run, log, [name for name, now in due.items() if now and name not in done])
     export_due = training.export.due(iteration) or (run.finished and training.export.interval)
     if iteration and export_due and not run.stop:
         clock("export")
         run.export(replace=not resumed)
     clock("other")
+
+
+def _evaluate(run: Run, log: MetricsLog | NoMetrics, names: Sequence[str]) -> None:
+    for name in names:
+        run.clock("evaluation")
+        entry = run.config.training.evaluators[name]
+        evaluation = run.evaluators.run(name, entry, run.parallel, run.progress.iteration)
+        if evaluation is not None:
+            log.write(evaluation, prefix=name)

@@ -51,12 +51,6 @@ def micro_batches(batch: Batch, rows: int, device: torch.device) -> Iterator[Bat
         yield batch.rows(begin, begin + rows).to(device)
 
 
-def loss_sum(model: Decoder, batch: Batch, options: LossOptions) -> Tensor:
-    """Sum of the loss over the trained tokens of `batch`: a scalar in fp32 or wider."""
-    hidden = model(batch.input_ids, batch.positions, batch.cu_seqlens)
-    return head_loss(model, hidden, batch.labels, options)
-
-
 def head_loss(
     model: Decoder,
     hidden: Tensor,
@@ -65,7 +59,8 @@ def head_loss(
     *,
     weight_gradient_to: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """`loss_sum` from what the decoder, or the part of it that has the head, makes: hidden [rows, sequence, hidden].
+    """Sum of the loss over the trained tokens, a scalar in fp32 or wider, from what the decoder, or the part of it that has
+    the head, makes: hidden [rows, sequence, hidden], labels [rows, sequence].
 
     `weight_gradient_to` as in `linear_cross_entropy`.
     """
@@ -117,8 +112,8 @@ class Pipeline(Protocol):
         """As `accumulate`; a process without the last stage returns 0."""
         ...
 
-    def loss_sums(self, parts: Sequence[Batch], options: LossOptions) -> Tensor:
-        """The summed loss of micro-batches without gradients; 0 on a process without the last stage."""
+    def score_sums(self, parts: Sequence[Batch], options: LossOptions) -> Tensor:
+        """The sum over micro-batches of `modelyard.train.scores.score_sums`; 0 on a process without the last stage."""
         ...
 
     def last_logits(self, token_ids: Sequence[int]) -> Tensor:

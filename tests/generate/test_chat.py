@@ -67,7 +67,7 @@ def test_before_every_answer_it_reads_what_training_had_there(folder: Path, fami
     assert compared > 40
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen2.5"])
+@pytest.mark.parametrize("name", ["llama3", pytest.param("qwen2.5", marks=pytest.mark.slow)])
 def test_prompts_are_those_of_the_shipped_template(name: str, shared_data: Path) -> None:
     """Against transformers: the same ids, where nothing in the text is a special token's name."""
     folder = shared_data / "tokenizers" / name

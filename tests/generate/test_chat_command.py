@@ -200,6 +200,13 @@ def test_python_runs_only_when_that_is_asked_for(
     assert "not attacks: the code can read and write files as you can\n" in err
     assert '<tool_response>\n{"city": "Ulm", "t": 3}\n</tool_response>' in read[1]
 
+    says(monkeypatch, model, f"{CALL}<|im_end|>", "Warm.<|im_end|>")
+    assert chat("--tools", "tools.py", "--run-python", "--json", "--message", "weather?") == 0
+    turn = json.loads(capsys.readouterr().out)
+    called = {"name": "weather", "arguments": {"city": "Ulm"}}
+    assert (turn["answer"], turn["calls"]) == ("Warm.", [{**called, "problem": None}])
+    assert turn["messages"][2] == {"role": "tool", "content": {"city": "Ulm", "t": 3}}
+
     says(monkeypatch, model, f"{CALL}<|im_end|>", "Hm.<|im_end|>")
     assert chat("--tools", "tools.py", typed="weather?\nsunny\n") == 0
     out, err = capsys.readouterr()

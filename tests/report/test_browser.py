@@ -115,6 +115,21 @@ def run_of(folder: Path, **changes: Any) -> Path:
     )
 
 
+def test_scores_by_kind_are_drawn(tmp_path: Path, ask: Callable[..., tuple[Any, str]]) -> None:
+    kinds = {"content": {"loss": 1.5, "accuracy": 0.5}, "terminator": {"loss": 0.25, "accuracy": 0.875}}
+    folder = write_run(
+        tmp_path / "run", [record(10), {**evaluation(10, 1.25), "accuracy": 0.625, "kinds": kinds}]
+    )
+    answers, _ = ask([folder], "for (const p of view.plots.slice(1, 3)) answers[p.title] = values(p);")
+    assert answers == {
+        "Loss of what the assistant says, by kind": [
+            ["held out: content", "1.5"],
+            ["held out: terminator", "0.25"],
+        ],
+        "Accuracy": [["held out", "62.5%"], ["held out: content", "50%"], ["held out: terminator", "87.5%"]],
+    }
+
+
 def test_one_run_is_drawn_and_answers(tmp_path: Path, ask: Callable[..., tuple[Any, str]]) -> None:
     answers, document = ask(
         [run_of(tmp_path / "run")],
@@ -280,3 +295,31 @@ def test_an_empty_run_says_so(tmp_path: Path, ask: Callable[..., tuple[Any, str]
     answers, document = ask([write_run(tmp_path / "run", [])], "answers.plots = view.plots.length;")
     assert answers == {"plots": 0}
     assert "There are no numbers to plot yet." in document
+
+
+def test_answers_to_conversations_are_drawn(tmp_path: Path, ask: Callable[..., tuple[Any, str]]) -> None:
+    def talk(iteration: int, stopped: float, valid: float | None) -> dict[str, Any]:
+        when, calls = START + 2 * iteration, {} if valid is None else {"valid_calls": valid}
+        samples = [{"prompt": "user: hi", "text": "ho"}]
+        return {
+            "iteration": iteration,
+            "evaluator": "talk",
+            "stopped": stopped,
+            **calls,
+            "samples": samples,
+            "time": when,
+        }
+
+    records = [talk(0, 0.25, None), record(10), talk(10, 0.5, 0.75), record(20), talk(20, 1.0, 1.0)]
+    answers, document = ask(
+        [write_run(tmp_path / "run", records)],
+        """
+const drawn = plot("Answers to conversations");
+answers.last = values(drawn);
+setCursor(0); drawCursors();
+answers.first = values(drawn)[0];
+""",
+    )
+    assert answers["last"] == [["talk: stopped", "100%"], ["talk: valid calls", "100%"]]
+    assert answers["first"] == ["talk: stopped", "25%"]
+    assert "user: hi" in document

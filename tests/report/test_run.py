@@ -58,6 +58,25 @@ def test_records_become_columns(tmp_path: Path) -> None:
     assert run.facts["parameters"] == 1_234_567
 
 
+def test_scores_of_kinds_become_columns(tmp_path: Path) -> None:
+    """Of a kind that an evaluation does not have there is no number; what is no score is nothing."""
+    kinds = {"content": {"loss": 1.5, "accuracy": 0.5, "targets": 8}, "terminator": 3}
+    base = {"evaluator": "talks", "loss": 1.5, "targets": 9}
+    folder = write_run(
+        tmp_path / "run",
+        [
+            record(10),
+            {**base, "iteration": 10, "accuracy": 0.5, "kinds": kinds},
+            {**base, "iteration": 20, "accuracy": 0.625, "kinds": "none"},
+        ],
+    )
+    columns = read_run(folder).evaluators["talks"]
+    assert columns["accuracy"].tolist() == [0.5, 0.625]
+    assert columns["loss.content"].tolist() == pytest.approx([1.5, np.nan], nan_ok=True)
+    assert columns["accuracy.content"].tolist() == pytest.approx([0.5, np.nan], nan_ok=True)
+    assert not any(key.endswith("terminator") for key in columns)
+
+
 def test_the_phases_are_those_that_training_measures() -> None:
     from modelyard.train.phases import PHASES as MEASURED
 

@@ -84,6 +84,30 @@ def test_a_small_run_by_value(tmp_path: Path) -> None:
     assert data["thinned"] is False
 
 
+def test_scores_of_kinds_have_plots_of_their_own(tmp_path: Path) -> None:
+    kinds = {"tool_call": {"loss": 0.5, "accuracy": 0.875, "targets": 8}}
+    evaluation = {
+        "iteration": 20,
+        "evaluator": "talks",
+        "loss": 1.5,
+        "targets": 9,
+        "accuracy": 0.75,
+        "kinds": kinds,
+    }
+    older = {"iteration": 20, "evaluator": "text", "loss": 2.5, "targets": 9}
+    data = page_data(read_run(write_run(tmp_path / "run", [record(20), evaluation, older])))
+    assert {name: points["v"] for name, points in data["evaluators"].items()} == {
+        "talks": [1.5],
+        "text": [2.5],
+    }
+    assert {name: points["v"] for name, points in data["kind_losses"].items()} == {"talks: tool call": [0.5]}
+    assert {name: points["v"] for name, points in data["accuracies"].items()} == {
+        "talks": [0.75],
+        "talks: tool call": [0.875],
+    }
+    assert data["accuracies"]["talks"]["i"] == [20]
+
+
 def test_a_run_without_events_marks_where_steps_were_skipped(tmp_path: Path) -> None:
     rows = [record(10), record(20, skipped_steps=2), record(30, skipped_steps=2), record(40, skipped_steps=3)]
     marks = page_data(read_run(write_run(tmp_path / "run", rows)))["marks"]
@@ -124,4 +148,13 @@ def test_rare_events_stay_where_saves_are_many(tmp_path: Path) -> None:
 @pytest.mark.parametrize("events", [None, []])
 def test_an_empty_run_has_nothing_to_draw(tmp_path: Path, events: list[dict[str, object]] | None) -> None:
     data = page_data(read_run(write_run(tmp_path / "run", [], events=events)))
-    assert data == {"series": {}, "evaluators": {}, "phases": None, "marks": [], "thinned": False}
+    assert data == {
+        "series": {},
+        "evaluators": {},
+        "kind_losses": {},
+        "accuracies": {},
+        "answers": {},
+        "phases": None,
+        "marks": [],
+        "thinned": False,
+    }

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from modelyard.cli import main
 from modelyard.data.store import TokenStore
 from tests.system.conftest import environment, modelyard
 
@@ -28,20 +29,12 @@ def model(shared_data: Path) -> Path:
     return shared_data / "weights" / "stories260K" / "hf"
 
 
-def test_what_is_saved_is_trained_on_as_it_was_read(model: Path, tmp_path: Path) -> None:
-    greedy = ("--temperature", 0, "--max-new-tokens", 24, "--json", "--show-tokens")
-    words = (
-        "chat",
-        model,
-        "--family",
-        "vicuna",
-        *greedy,
-        "--message",
-        "Once upon a time </s>",
-        "--message",
-        "And then?",
-    )
-    done = modelyard(*words, cwd=tmp_path)
+def test_what_is_saved_is_trained_on_as_it_was_read(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = ("--temperature", "0", "--max-new-tokens", "24", "--json", "--show-tokens")
+    said += ("--message", "Once upon a time </s>", "--message", "And then?")
+    done = modelyard("chat", model, "--family", "vicuna", *said, cwd=tmp_path)
     assert done.status == 0, done.err
     assert done.err == "chat format: vicuna; what ends an answer: </s>\n"
     turns = [json.loads(line) for line in done.out.splitlines()]
@@ -50,17 +43,16 @@ def test_what_is_saved_is_trained_on_as_it_was_read(model: Path, tmp_path: Path)
     assert [message["role"] for message in messages] == ["user", "assistant"] * 2
 
     # `prepare` makes of it a document that begins with what the model read, and writes down the format beside its tokenizer.
-    (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": messages}))
-    (tmp_path / "prepare.yaml").write_text(PREPARE % model)
-    prepared = modelyard("prepare", "prepare.yaml", cwd=tmp_path)
-    assert prepared.status == 0, prepared.err
-    document = TokenStore(tmp_path / "data/data").document(0).tolist()
-    assert turns[0]["prompt_ids"] == document[: len(turns[0]["prompt_ids"])]
-    assert turns[1]["prompt_ids"] == document[: len(turns[1]["prompt_ids"])]
-    again = modelyard("chat", model, "--tokenizer", tmp_path / "data/data/tokenizer",
-                      *words[4:], cwd=tmp_path)  # fmt: skip
-    assert again.status == 0, again.err
-    assert [json.loads(line) for line in again.out.splitlines()] == turns
+    monkeypatch.chdir(tmp_path)
+    Path("talk.jsonl").write_text(json.dumps({"messages": messages}))
+    Path("prepare.yaml").write_text(PREPARE % model)
+    assert main(["prepare", "prepare.yaml"]) == 0
+    document = TokenStore("data/data").document(0).tolist()
+    for turn in turns:
+        assert turn["prompt_ids"] == document[: len(turn["prompt_ids"])]
+    capsys.readouterr()
+    assert main(["chat", str(model), "--tokenizer", "data/data/tokenizer", *said]) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == turns
 
 
 def test_at_a_terminal(model: Path, tmp_path: Path) -> None:
@@ -74,7 +66,7 @@ def test_at_a_terminal(model: Path, tmp_path: Path) -> None:
 
     def until(text: bytes) -> bytes:
         nonlocal said
-        begin, deadline = len(said), time.monotonic() + 60
+        begin, deadline = len(said), time.monotonic() + 120
         while text not in said[begin:] and time.monotonic() < deadline:
             if select.select([ours], [], [], 1)[0]:
                 said += os.read(ours, 4096)
@@ -89,7 +81,7 @@ def test_at_a_terminal(model: Path, tmp_path: Path) -> None:
         os.write(ours, b"/undo\n")
         assert until(b"\r\n> ").endswith(b"taken back\r\n> ")
         os.write(ours, b"\x04")  # Ctrl-D
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=60) == 0
     finally:
         process.kill()
         process.wait()

@@ -144,7 +144,7 @@ def test_what_is_asked_and_what_is_kept(
         "evaluator talk at iteration 4: 2 of 3 answers ended by themselves, 2 call tools, 1 of them as these are defined\n"
         in said_of_it
     )
-    assert "talk at iteration 4: 'a\\nb' → '<|im_start|>on and on […]'\n" in said_of_it
+    assert "talk at iteration 4: 'user: a\\nb' → '<|im_start|>on and on […]'\n" in said_of_it
 
 
 def test_conversations_in_the_config(tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +193,7 @@ EXACT = (
     "model.base_model.transformer.num_layers=2",
     "model.base_model.transformer.head_groups=2",
     chat(
-        "conversations: [[{role: user, content: hi}], [{role: user, content: ho}]], max_new_tokens: 6, temperature: 0.7"
+        "conversations: [[{role: user, content: hi}], [{role: user, content: ho}]], max_new_tokens: 6, temperature: 0.2"
     ),
 )
 

@@ -169,3 +169,32 @@ def test_the_log_says_what_share_is_trained_on() -> None:
     for record in lines("share/metrics.jsonl"):
         assert record["trained_share"] == record["targets"] / (8 * 48)
         assert f"| trained {record['trained_share']:.1%} |" in Path("share/log.txt").read_text()
+
+
+LAYOUTS = {
+    "ZeRO 3": "model.multi_stage.zero_stage=3",
+    "tensor and sequence": "model.distributed={tensor_parallel: 2, sequence_tensor_parallel: yes, training_dtype: float64}",
+    "pipeline": "model.distributed={pipeline_parallel: 2, training_dtype: float64}",
+    "context": "model.distributed={sequence_data_parallel: 2, training_dtype: float64}",
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_fine_tunes_alike(name: str) -> None:
+    """On ragged conversations, some rows of which hold nothing to train on; evaluated by kind of token too."""
+    shape = (
+        "model.base_model.transformer={num_layers: 2, head_groups: 2}",
+        "data.datasets.held_out={type: file, path: data/fast_llm_config.yaml}",
+        "training.evaluators={held_out: {interval: 3, evaluator: {type: loss}}}",
+        "batch.micro_batch_size=2",
+    )
+    assert run("one", *shape) == 0
+    assert run_distributed(run, 2, "two", *shape, LAYOUTS[name]) == [0, 0]
+    assert losses("two") == pytest.approx(losses("one"), abs=1e-12)
+    (one,), (two,) = ([r for r in lines(f"{f}/metrics.jsonl") if "evaluator" in r] for f in ("one", "two"))
+    assert set(one["kinds"]) == {"content", "terminator"}
+    for kind, scores in one["kinds"].items():
+        assert two["kinds"][kind] == pytest.approx(scores, abs=1e-12)
+    expected = weights("one")
+    for parameter, values in weights("two").items():
+        torch.testing.assert_close(values, expected[parameter], rtol=0, atol=1e-12, msg=parameter)

@@ -52,7 +52,7 @@ SAID = {"content": CONTENT, "tool_call": TOOL_CALL, "terminator": TERMINATOR}
 # --- by hand ----------------------------------------------------------------------------------------------------
 
 
-def scored(labels: Sequence[int], kinds: Sequence[int] | None) -> Tensor:
+def scored(labels: Sequence[int], kinds: Sequence[int] | None, options: LossOptions | None = None) -> Tensor:
     """Of tokens for each of which the words have the probabilities 1/12, 2/12, 3/12, 6/12."""
     model: Any = SimpleNamespace(
         output_weight=torch.tensor([[1.0], [2.0], [3.0], [6.0]], dtype=torch.float64).log(),
@@ -62,7 +62,7 @@ def scored(labels: Sequence[int], kinds: Sequence[int] | None) -> Tensor:
     row, hidden = torch.tensor([labels]), torch.ones(1, len(labels), 1, dtype=torch.float64)
     of = None if kinds is None else torch.tensor([kinds], dtype=torch.uint8)
     return head_score_sums(
-        model, hidden, Batch(row, row, row, torch.tensor([[0, len(labels)]]), of), LossOptions()
+        model, hidden, Batch(row, row, row, torch.tensor([[0, len(labels)]]), of), options or LossOptions()
     )
 
 
@@ -94,6 +94,15 @@ def test_by_hand() -> None:
         "loss 1.2051 over 7 tokens, accuracy 57.1% (content 1.0397 / 50.0%, terminator 1.7918 / 0.0%)"
     )
     assert scalars(found.record(), "v")["v/kinds/content/accuracy"] == 0.5
+
+
+def test_the_loss_is_made_as_the_options_say() -> None:
+    with pytest.raises(ValueError, match="unknown cross-entropy implementation 'other'"):
+        scored([3], None, LossOptions("other"))
+    torch.testing.assert_close(scored([3, 0], None, LossOptions("torch")), scored([3, 0], None))
+    assert scored([3], None, LossOptions(z_loss=0.5))[0, 0] == pytest.approx(
+        math.log(2) + 0.5 * math.log(12) ** 2
+    )
 
 
 def test_text_has_no_kinds_and_nothing_no_score() -> None:
