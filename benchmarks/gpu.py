@@ -38,7 +38,8 @@ from modelyard.model.decoder import Decoder
 from modelyard.model.init import InitStd, initialize
 from modelyard.train.metrics import peak_flops, utilization
 from modelyard.train.optimizer import Optimizer
-from modelyard.train.step import LossOptions, loss_sum, train_step
+from modelyard.train.scores import Evaluation, score_sums
+from modelyard.train.step import LossOptions, train_step
 from modelyard.train.weights import Weights
 
 LLAMA3 = Rotary("llama3", 500_000.0)
@@ -176,7 +177,7 @@ def check_real_text(device: torch.device) -> str:
         trainer.step(batch(text[:cut], step), rows)
     held_out = batch(text[cut:], 0).to(device)
     with torch.no_grad():
-        loss = loss_sum(trainer.model, held_out, LossOptions()).item() / held_out.num_targets
+        loss = Evaluation.of(score_sums(trainer.model, held_out, LossOptions())).whole.loss
     assert math.isfinite(loss), f"the held-out loss is {loss}"
     assert loss < unigram - 0.2, f"{loss:.3f} nats a byte, {unigram:.3f} without context"
     return f"{loss:.3f} nats a byte held out after {steps} steps, {unigram:.3f} without context"

@@ -91,7 +91,7 @@ class Llama3:
                     "tools are told in the first message after the system's, which must be the user's"
                 )
             first = messages.pop(0)
-            yield from self._turn("user", _LLAMA_TOOLS + _listed(tools) + first.content.strip())
+            yield from self._turn("user", LLAMA_TOOLS + _listed(tools) + first.content.strip())
         for message in messages:
             yield from self._message(message)
         if answer:
@@ -104,7 +104,7 @@ class Llama3:
             text += f"Tools: {', '.join(known)}\n\n"
         text += f"Cutting Knowledge Date: {self.knowledge_date}\nToday Date: {self.date}\n\n"
         if tools and not self.tools_in_user_message:
-            text += _LLAMA_SYSTEM_TOOLS + _listed(tools)
+            text += LLAMA_SYSTEM_TOOLS + _listed(tools)
         return text + system
 
     def _header(self, role: Role) -> Iterator[Segment]:
@@ -157,11 +157,11 @@ _LLAMA_FORM = (
     'Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.'
     "Do not use variables.\n\n"
 )
-_LLAMA_TOOLS = (
+LLAMA_TOOLS = (
     "Given the following functions, please respond with a JSON for a function call "
     f"with its proper arguments that best answers the given prompt.\n\n{_LLAMA_FORM}"
 )
-_LLAMA_SYSTEM_TOOLS = (
+LLAMA_SYSTEM_TOOLS = (
     "You have access to the following functions. To call a function, please respond with JSON for a function call."
     f"{_LLAMA_FORM}"
 )
@@ -198,7 +198,7 @@ class ChatML:
         if conversation.tools:
             if not self.hermes:
                 raise ConversationError("plain ChatML has no place for tools; use the family qwen2.5")
-            system = (system or "") + _hermes_tools(conversation.tools)
+            system = (system or "") + hermes_tools(conversation.tools)
         if system is not None:
             yield from self._turn("system", system)
         for index, message in enumerate(messages):
@@ -256,7 +256,7 @@ class ChatML:
         yield from self._end("assistant", trained=trained)
 
 
-def _hermes_tools(tools: tuple[Any, ...]) -> str:
+def hermes_tools(tools: tuple[Any, ...]) -> str:
     listed = "".join(f"\n{as_json(tool)}" for tool in tools)
     return (
         "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"

@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 
 from modelyard.chat.families import (
-    _LLAMA_SYSTEM_TOOLS,
-    _LLAMA_TOOLS,
+    LLAMA_SYSTEM_TOOLS,
+    LLAMA_TOOLS,
     ChatML,
     Family,
     Llama3,
     Vicuna,
     as_json,
+    hermes_tools,
 )
 
 
@@ -113,11 +114,13 @@ def _llama3(family: Llama3) -> str:
         "IN_USER": "true" if family.tools_in_user_message else "false",
         "BUILTIN": as_json(list(family.builtin_tools or ())),
         "BEFORE": _quoted(before),
-        "SYSTEM_TOOLS": _quoted(_LLAMA_SYSTEM_TOOLS),
-        "TOOLS": _quoted(_LLAMA_TOOLS),
+        "SYSTEM_TOOLS": _quoted(LLAMA_SYSTEM_TOOLS),
+        "TOOLS": _quoted(LLAMA_TOOLS),
         "END": _quoted("<|eot_id|>" if family.builtin_tools is None else "<|eom_id|>"),
     }
-    return _filled(_FIRST.replace("%TRIM%", " | trim") + _LLAMA3, {"SYSTEM": _quoted(family.default_system)} | values)
+    return _filled(
+        _FIRST.replace("%TRIM%", " | trim") + _LLAMA3, {"SYSTEM": _quoted(family.default_system)} | values
+    )
 
 
 _CHATML = """\
@@ -170,9 +173,7 @@ _CHATML = """\
 
 
 def _chatml(family: ChatML) -> str:
-    from modelyard.chat.families import _hermes_tools
-
-    before, after = _hermes_tools(("\0",)).split('\n"\\u0000"') if family.hermes else ("", "")
+    before, after = hermes_tools(("\0",)).split('\n"\\u0000"') if family.hermes else ("", "")
     values = {
         "HERMES": "true" if family.hermes else "false",
         "BEFORE_TOOLS": _quoted(before),

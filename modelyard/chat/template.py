@@ -69,9 +69,7 @@ class Template:
                 f"the chat template of {self.name}, line {error.lineno}: {error.message}"
             ) from None
 
-    def text(
-        self, messages: Sequence[Message], tools: tuple[Any, ...] = (), *, answer: bool = False
-    ) -> str:
+    def text(self, messages: Sequence[Message], tools: tuple[Any, ...] = (), *, answer: bool = False) -> str:
         """What the template makes of a conversation. Raises ConversationError where it refuses it."""
         from jinja2 import TemplateError
 

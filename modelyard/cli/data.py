@@ -53,7 +53,9 @@ def _tokenizer_train(options: argparse.Namespace) -> int:
     from modelyard.data.tokenizer_training import run_tokenizer_train
 
     loaded = load(options, "prepare")
-    return run_tokenizer_train(loaded.prepare, output=options.output, vocab_size=options.vocab_size, chat=options.chat)
+    return run_tokenizer_train(
+        loaded.prepare, output=options.output, vocab_size=options.vocab_size, chat=options.chat
+    )
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:

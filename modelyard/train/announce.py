@@ -11,6 +11,7 @@ import torch
 
 from modelyard.config.layout import Layout
 from modelyard.config.traces import trace_warnings
+from modelyard.files import CHAT_FILE
 from modelyard.plan.layout import layout_line, layout_rows
 from modelyard.train.build import compiles
 
@@ -97,7 +98,9 @@ def farewell(run: Run) -> None:
     console.line(f"  metrics      {folder / 'metrics.jsonl'}{board}")
     if (export := run.export_folder) is not None and export.exists():
         console.line(f"  export       {export}")
-    console.line(f"  try          modelyard generate {folder} --prompt '…'")
+    talks = run.tokenizer_folder is not None and (run.tokenizer_folder / CHAT_FILE).is_file()
+    verb = f"chat {folder}" if talks else f"generate {folder} --prompt '…'"
+    console.line(f"  try          modelyard {verb}")
 
 
 def say_end(run: Run, event: Literal["stopped", "shutdown", "finished"], text: str, **facts: Any) -> None:

@@ -73,7 +73,9 @@ def test_a_tokenizer_s_own_template_needs_none() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama3", "qwen2.5", "chatml"])
-def test_the_template_is_found_again_as_its_family(name: str, chat_tokenizers: dict[str, Path], tmp_path: Path) -> None:
+def test_the_template_is_found_again_as_its_family(
+    name: str, chat_tokenizers: dict[str, Path], tmp_path: Path
+) -> None:
     """A folder that another program has made of ours, without our file, still means the same format."""
     import shutil
 
@@ -104,4 +106,7 @@ def test_transformers_reads_it(chat_tokenizers: dict[str, Path], tmp_path: Path)
                 text = text_of(FAMILIES[name].render(read_conversation(messages, tools), answer=True))
             except ConversationError:
                 continue
-            assert tokenizer.apply_chat_template(messages, tools, tokenize=False, add_generation_prompt=True) == text
+            assert (
+                tokenizer.apply_chat_template(messages, tools, tokenize=False, add_generation_prompt=True)
+                == text
+            )
