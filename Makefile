@@ -40,7 +40,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
-	for name in train_step prepare start_up checkpoint; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in train_step sft prepare start_up checkpoint; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/tables.py --write
 
 # Kills, damage, mutated configs and mistakes; about half an hour.

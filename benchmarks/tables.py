@@ -83,6 +83,72 @@ def train_step(found: dict[str, Any]) -> str:
     return f"{first}\n\n<details><summary>Every program's own figures</summary>\n\n{second}\n\n</details>"
 
 
+def sft(found: dict[str, Any]) -> str:
+    ratios, absolute = [], []
+    for name, result in found["results"].items():
+        rows = result["rows"]
+        if "speed" in result:
+            ratios.append(
+                [
+                    name,
+                    result["theirs"],
+                    f"**{result['speed']:.2f}**",
+                    f"{eager:.2f}" if (eager := result["speed_eager"]) else "",
+                    f"{result['memory']:.2f}",
+                    f"{result['memory_of_fastest']:.2f}",
+                ]
+            )
+        for who, row in rows.items():
+            if "tokens_per_second" not in row:
+                absolute.append([name, who, row["failed"], *[""] * 6])
+                continue
+            trained = row["trained_per_second"]
+            absolute.append(
+                [
+                    name,
+                    who if trained else f"{who} (mixes conversations)",
+                    f"{row['tokens_per_second']:,.0f}",
+                    f"{trained:,.0f}" if trained else "",
+                    mib(row["peak_bytes"]),
+                    str(row["rounds"]),
+                    f"{row['loss'][0]:.4f}",
+                    f"{row['grad_norm'][0]:.3f}",
+                    f"{row['difference']:.0e}" if trained else "",
+                ]
+            )
+    first = table(
+        (
+            "case",
+            "TRL's fastest",
+            "times as fast",
+            "eager to eager",
+            "of its least memory",
+            "of its fastest's memory",
+        ),
+        ratios,
+    )
+    second = table(
+        (
+            "case",
+            "program",
+            "tokens/s",
+            "trained tokens/s",
+            "peak MiB",
+            "steps",
+            "loss",
+            "gradient norm",
+            "furthest from ours",
+        ),
+        absolute,
+    )
+    versions = next(iter(found["results"].values()))["versions"]
+    named = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "torch")
+    return (
+        f"{first}\n\nAgainst {named}.\n\n<details><summary>Every program's own figures</summary>\n\n{second}\n\n"
+        "</details>"
+    )
+
+
 def prepare(found: dict[str, Any]) -> str:
     return table(
         (
@@ -163,6 +229,7 @@ def checkpoint(found: dict[str, Any]) -> str:
 
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "train_step": ("A training step", train_step),
+    "sft": ("Fine-tuning", sft),
     "prepare": ("Preparing data", prepare),
     "start_up": ("Starting", start_up),
     "checkpoint": ("Checkpoints", checkpoint),

@@ -55,7 +55,7 @@ class Template:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _generation_tag()]
         )
         environment.filters["tojson"] = lambda value, indent=None, **_: json.dumps(
             value, ensure_ascii=False, indent=indent
@@ -231,6 +231,20 @@ class Template:
             f"the chat template of {self.name} cannot be used for training: {reason}; name a family that fits "
             "(llama3, qwen2.5, chatml, vicuna)"
         )
+
+
+def _generation_tag() -> Any:
+    """The jinja extension for `{% generation %}`, by which transformers marks answers: here it is its body and nothing more."""
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012  # as jinja declares it
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    return Generation
 
 
 def _joined(segments: Iterator[Segment]) -> list[Segment]:

@@ -97,6 +97,13 @@ def test_a_template_that_is_no_jinja_is_named() -> None:
         made("{% for %}").render(TALK)
 
 
+def test_marks_of_answers_are_read_over() -> None:
+    """Templates that are made for training mark what is generated; their text is that of the others."""
+    marked = CHATML.replace("m.content", "m.content }}{% generation %}{% endgeneration %}{{ ''")
+    assert marked != CHATML
+    assert made(marked).render(TALK) == made(CHATML).render(TALK)
+
+
 def test_where_a_template_is_found(tmp_path: Path) -> None:
     config = {
         "eos_token": {"content": "</s>"},
