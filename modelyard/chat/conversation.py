@@ -101,7 +101,10 @@ def _message(message: Any) -> Message:
         raise ConversationError(f"role is {role!r}, not one of {', '.join(names)}{hint}")
     if unknown := [key for key in message if key not in _KEYS]:
         raise ConversationError(f"'{unknown[0]}' is no key of a message{did_you_mean(unknown[0], _KEYS)}")
-    calls = tuple(_call(call) for call in message.get("tool_calls") or ())
+    given = message.get("tool_calls") or ()
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise ConversationError(f"tool_calls are {_kind(given)}, not a list")
+    calls = tuple(_call(call) for call in given)
     if one := message.get("function_call"):
         calls = (*calls, _call(one))
     if calls and role != "assistant":

@@ -64,7 +64,10 @@ def read_arguments(text: str, positional: Sequence[str] | None = None) -> dict[s
     # `a)(b` or `a) + (b` between the parentheses would be another expression altogether.
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
         raise ValueError("it is no expression")
-    return _arguments(call, positional)
+    try:
+        return _arguments(call, positional)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def read_call(text: str) -> tuple[str, dict[str, Any]]:
@@ -78,7 +81,10 @@ def read_call(text: str) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"'{text}' is no call") from None
     if not isinstance(call, ast.Call):
         raise ValueError(f"'{text}' is no call")
-    return _name(call.func), _arguments(call)
+    try:
+        return _name(call.func), _arguments(call)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def is_expression(text: str) -> bool:
@@ -112,6 +118,8 @@ def _arguments(call: ast.Call, positional: Sequence[str] | None = None) -> dict[
 
 def _value(node: ast.expr) -> Any:
     if isinstance(node, ast.Constant) and isinstance(node.value, str | int | float | None):
+        if isinstance(node.value, int | float) and not abs(node.value) < 1e308:
+            raise ValueError("it has a number that JSON does not hold")
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         value = _value(node.operand)

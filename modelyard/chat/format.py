@@ -24,6 +24,8 @@ from modelyard.data.tokenizer import Tokenizer, load_tokenizer
 from modelyard.errors import UserError
 from modelyard.files import CHAT_FILE
 
+RENDERER = 1
+"""Raised when a chat format writes other text or other kinds than before: what was prepared then is prepared again."""
 NAMES = (*FAMILIES, "template")
 
 

@@ -103,6 +103,8 @@ def read_records(
 def _read_whole(record: Mapping[str, Any], format: Format, reading: Reading) -> Conversation:
     try:
         return _READERS[format](record, reading)
+    except RecursionError:
+        raise ConversationError("it is nested too deeply") from None
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         if isinstance(error, ConversationError) or format not in _TOOL_SETS:
             raise
@@ -132,7 +134,21 @@ def _formats() -> str:
 
 
 def _messages(record: Mapping[str, Any]) -> Conversation:
-    return read_conversation(record["messages"], record.get("tools"))
+    messages = record["messages"]
+    system = _system(record)
+    if system and isinstance(messages, list):
+        first = messages[0] if messages else None
+        if isinstance(first, Mapping) and first.get("role") in ("system", "developer"):
+            raise ConversationError(
+                "it has a system message among its messages, and a column 'system' beside"
+            )
+        messages = [*system, *messages]
+    return read_conversation(messages, record.get("tools"))
+
+
+def _system(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The message that a column `system` is."""
+    return [{"role": "system", "content": record["system"]}] if record.get("system") else []
 
 
 _SPEAKERS = {
@@ -149,9 +165,7 @@ def _sharegpt(record: Mapping[str, Any]) -> Conversation:
     turns = record.get("conversations", record.get("conversation"))
     if not isinstance(turns, list):
         raise ConversationError("conversations is not a list")
-    messages: list[dict[str, Any]] = []
-    if record.get("system"):
-        messages.append({"role": "system", "content": record["system"]})
+    messages = _system(record)
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
             raise ConversationError(f"turn {number} has not both 'from' and 'value'")
@@ -161,10 +175,10 @@ def _sharegpt(record: Mapping[str, Any]) -> Conversation:
                 f"turn {number} is from {turn['from']!r}, who is none of {', '.join(_SPEAKERS)}"
             )
         if role == "call":
-            messages.append({"role": "assistant", "content": "", "tool_calls": _calls(turn["value"], number)})
+            message = {"role": "assistant", "content": "", "tool_calls": _calls(turn["value"], number)}
         else:
             message = {"role": role, "content": turn["value"]}
-            messages.append(message if turn.get("weight") is None else {**message, "weight": turn["weight"]})
+        messages.append(message if turn.get("weight") is None else {**message, "weight": turn["weight"]})
     return read_conversation(messages, record.get("tools") or None)
 
 
@@ -173,28 +187,32 @@ def _calls(value: Any, number: int) -> list[Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConversationError(f"turn {number} is a call that is no JSON ({error})") from None
     return value if isinstance(value, list) else [value]
 
 
 def _alpaca(record: Mapping[str, Any]) -> Conversation:
-    asked = record["instruction"]
-    if record.get("input"):
-        asked = f"{asked}\n\n{record['input']}"
-    messages = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+    asked, more = record["instruction"], record.get("input") or ""
+    if record.get("history"):
+        raise ConversationError("its 'history' has no place in this format; write it as messages")
+    if not isinstance(asked, str) or not isinstance(more, str):
+        raise ConversationError("instruction and input are not both text")
     answer = record["output"] if "output" in record else record["response"]
-    messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-    return read_conversation(messages)
+    messages = _system(record)
+    messages += [
+        {"role": "user", "content": f"{asked}\n\n{more}" if more else asked},
+        {"role": "assistant", "content": answer},
+    ]
+    return read_conversation(messages, record.get("tools") or None)
 
 
 def _pair(record: Mapping[str, Any]) -> Conversation:
     names = next(columns for columns in _TELLING["pair"] if all(column in record for column in columns))
     asked, answer = (record[name] for name in names)
     if isinstance(asked, str) and isinstance(answer, str):
-        return read_conversation(
-            [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-        )
+        said = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        return read_conversation([*_system(record), *said], record.get("tools") or None)
     if isinstance(asked, list) and isinstance(answer, list):
         # What is before the answer is told and not trained on.
         before = [
@@ -203,7 +221,7 @@ def _pair(record: Mapping[str, Any]) -> Conversation:
             else message
             for message in asked
         ]
-        return read_conversation([*before, *answer], record.get("tools"))
+        return _messages({**record, "messages": [*before, *answer]})
     raise ConversationError(f"{names[0]} and {names[1]} are neither both text nor both messages")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -52,7 +53,7 @@ def _blocks(text: str, place: int) -> tuple[Call, ...]:
         begin = place + len(OPEN)
         begin += len(text) - begin - len(text[begin:].lstrip())
         try:
-            value, end = json.JSONDecoder().raw_decode(text, begin)
+            value, end = _DECODER.raw_decode(text, begin)
         except (ValueError, RecursionError):
             return ()
         call, rest = _json_call(value, ("arguments",)), text[end:].lstrip()
@@ -62,6 +63,9 @@ def _blocks(text: str, place: int) -> tuple[Call, ...]:
         rest = rest.removeprefix(CLOSE).lstrip()
         place = len(text) - len(rest)
     return tuple(calls)
+
+
+_DECODER = json.JSONDecoder(parse_constant=lambda text: _refuse(text), parse_float=lambda text: _finite(text))
 
 
 def llama_message(text: str, builtin: Collection[str] | None = None) -> Message:
@@ -92,9 +96,19 @@ def _tagged(said: str, builtin: Collection[str] | None) -> tuple[Call, ...]:
 
 def _json(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError):
         return None
+
+
+def _refuse(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        _refuse(text)
+    return number
 
 
 def _json_call(value: Any, keys: tuple[str, ...]) -> Call | None:

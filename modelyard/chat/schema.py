@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator, validators
 from jsonschema.exceptions import SchemaError, ValidationError, best_match
 from referencing import Registry
 from referencing.exceptions import Unresolvable
@@ -122,7 +122,7 @@ def _problem(name: str, arguments: Any, definitions: Mapping[str, Mapping[str, A
             for error in validator.iter_errors(arguments)
             if not has_calls(error.instance) or error.validator in ("required", "additionalProperties")
         )
-    except (Unresolvable, RecursionError, re.error) as broken:
+    except (Unresolvable, RecursionError, re.error, OverflowError, ValueError) as broken:
         return Problem("bad definition", f"parameters of {name} cannot be checked: {_line(str(broken))}")
     if worst is not None:
         return _explained(name, worst)
@@ -148,13 +148,39 @@ def _inner(value: Any) -> list[Inner]:
     return [found for one in values for found in _inner(one)]
 
 
+def _bounded(name: str) -> Any:
+    """A keyword's check where it is cheap: definitions are data, and some of them take for ever on some values (a pattern as
+    `^(a+)+$`, a thousand objects that must differ)."""
+    check = Draft202012Validator.VALIDATORS[name]
+
+    def checked(validator: Any, rule: Any, instance: Any, schema: Any) -> Any:
+        if isinstance(instance, list) and len(instance) > _MOST_COMPARED:
+            return ()
+        return check(validator, rule, instance, schema) or ()
+
+    return checked
+
+
+def _unchecked(validator: Any, rule: Any, instance: Any, schema: Any) -> tuple[()]:
+    return ()
+
+
+_MOST_COMPARED = 200
+"""Elements of a list that are held against each other."""
+_Checker = validators.extend(
+    Draft202012Validator,
+    # Patterns are not checked: Python's regular expressions cannot be stopped.
+    {"pattern": _unchecked, "uniqueItems": _bounded("uniqueItems")},
+)
+
+
 @lru_cache(maxsize=4096)
 def _validator(schema: str) -> Draft202012Validator:
     """Of a schema's JSON text. Raises SchemaError where it is none."""
     document = json.loads(schema)
     Draft202012Validator.check_schema(document)
     # An empty registry: what a schema refers to outside itself is not fetched.
-    return Draft202012Validator(document, registry=Registry())
+    return _Checker(document, registry=Registry())
 
 
 def _unknown(arguments: Mapping[str, Any], schema: Any) -> str | None:

@@ -76,8 +76,8 @@ def trained(kinds: np.ndarray, lane: LossLane = "sft") -> np.ndarray:
         return np.ones(len(kinds), bool)
     found = _SFT[kinds]
     if lane == "last_answer":
-        begins = np.flatnonzero(found & ~np.append(False, found[:-1]))
-        found[: begins[-1] if len(begins) else 0] = False
+        ends = np.flatnonzero(found & (kinds & 7 == Kind.TERMINATOR))
+        found[: ends[-2] + 1 if len(ends) > 1 else 0] = False
     return found
 
 

@@ -17,18 +17,28 @@ from modelyard.chat.families import (
     as_json,
     hermes_tools,
 )
+from modelyard.chat.template import Template
 
 
 def chat_template(family: Family) -> str | None:
     """The jinja template of a format, as transformers renders it (`messages`, `tools`, `add_generation_prompt`); None for a
-    tokenizer's own, which is one already. `<|…|>` values of the format's settings are in it."""
+    tokenizer's own, which is one already, unless it is given a system message to begin with. `<|…|>` values of the format's settings are in it."""
     if isinstance(family, Llama3):
         return _llama3(family)
     if isinstance(family, ChatML):
         return _chatml(family)
     if isinstance(family, Vicuna):
         return _vicuna(family)
+    if isinstance(family, Template) and family.default_system is not None:
+        return _filled(_SAYS_FIRST, {"SYSTEM": _quoted(family.default_system)}) + family.source
     return None
+
+
+_SAYS_FIRST = """\
+{%- if not messages or messages[0].role not in ('system', 'developer') -%}
+    {%- set messages = [{'role': 'system', 'content': SYSTEM}] + messages -%}
+{%- endif -%}
+"""
 
 
 def _quoted(text: str) -> str:

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import cached_property
@@ -43,7 +44,18 @@ class Template:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        return tuple(filter(None, [self.variables.get("eos_token")]))
+        return self._stops
+
+    @cached_property
+    def _stops(self) -> tuple[str, ...]:
+        """What ends its answers, and the vocabulary's end token."""
+        found: dict[str, None] = {}
+        asked, call = Message("user", "x"), Message("assistant", "", (Call("probe", {"key": 1}),))
+        for answer in (Message("assistant", "y"), call):
+            with suppress(ConversationError):
+                segments = self.render(Conversation((asked, answer)))
+                found |= {s.text: None for s in segments if s.kind == Kind.TERMINATOR}
+        return tuple(dict.fromkeys(filter(None, [*found, self.variables.get("eos_token")])))
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}  # jinja cannot be pickled
@@ -87,6 +99,7 @@ class Template:
         messages, tools = conversation.messages, conversation.tools
         if self.default_system is not None and messages[0].role != "system":
             messages = (Message("system", self.default_system), *messages)
+        self._refuse_specials(messages, tools)
         whole = self.text(messages, tools, answer=answer)
         contents = self._contents(messages, tools, whole, answer)
         answers = self._answers(messages, tools, whole)
@@ -94,8 +107,32 @@ class Template:
         assert text_of(segments) == whole
         return segments
 
+    def _refuse_specials(self, messages: Sequence[Message], tools: tuple[Any, ...]) -> None:
+        """Contents are found and kept text; in calls and definitions a special token's name would become the token."""
+        calls = [[call.name, call.arguments] for message in messages for call in message.calls]
+        written = json.dumps([calls, list(tools)], ensure_ascii=False) if calls or tools else ""
+        if found := next((token for token in self.specials if token in written), None):
+            raise ConversationError(
+                self._inexact(f"a call or a definition of a tool has the special token '{found}' in it")
+            )
+
     def parse(self, text: str) -> Message:
-        return self._parse(text)
+        before, after = self._around
+        return self._parse(text.removeprefix(before).removesuffix(after))
+
+    @cached_property
+    def _around(self) -> tuple[str, str]:
+        """What the template writes into every answer, before and after its content."""
+        try:
+            prompt = self.text([Message("user", "x")], answer=True)
+            whole = self.text([Message("user", "x"), Message("assistant", _MARK.format(1))])
+        except ConversationError:
+            return "", ""
+        before, mark, after = whole.removeprefix(prompt).partition(_MARK.format(1))
+        if not mark or not whole.startswith(prompt):
+            return "", ""
+        text, special = next(self._cut(after), ("", True))
+        return before, "" if special else text
 
     @cached_property
     def _parse(self) -> Callable[[str], Message]:
@@ -211,9 +248,11 @@ class Template:
     @cached_property
     def _ends(self) -> frozenset[str]:
         """Special tokens that may end an answer."""
-        names = ("eot", "eom", "im_end", "end_of_turn", "end_of_text", "endoftext", "eos")
+        names = ("eot", "eom", "im_end", "end_of_turn", "end_of_text", "endoftext", "eos", "|end|")
         return frozenset(
-            token for token in self.specials if token in self.stops or any(name in token for name in names)
+            token
+            for token in self.specials
+            if token == self.variables.get("eos_token") or any(name in token.lower() for name in names)
         )
 
     def _cut(self, text: str) -> Iterator[tuple[str, bool]]:
@@ -252,13 +291,14 @@ def _joined(segments: Iterator[Segment]) -> list[Segment]:
     found: list[Segment] = []
     for segment in segments:
         before = found[-1] if found else None
-        if (
-            before is not None
-            and not (before.special or segment.special)
-            and before.kind == segment.kind == Kind.CONTENT
-            and (before.role, before.trained) == (segment.role, segment.trained)
-        ):
+        if before is None or before.special or segment.special or segment.kind != Kind.CONTENT:
+            found.append(segment)
+        elif before.kind == Kind.CONTENT and (before.role, before.trained) == (segment.role, segment.trained):
             found[-1] = replace(before, text=before.text + segment.text)
+        elif before.kind == Kind.HEADER and before.text.endswith(" ") and segment.role != "assistant":
+            # A word and the space before it are one token. (An answer's stands for itself: there the prompt ends.)
+            found[-1:] = [replace(before, text=before.text[:-1])] if len(before.text) > 1 else []
+            found.append(replace(segment, text=" " + segment.text))
         else:
             found.append(segment)
     return found

@@ -35,15 +35,35 @@ def tokenize_segments(segments: Sequence[Segment], tokenizer: Tokenizer) -> Toke
 def tokenize_many(conversations: Sequence[Sequence[Segment]], tokenizer: Tokenizer) -> Iterator[Tokenized]:
     """`tokenize_segments` of each of many, which is faster than one by one."""
     segments = [segment for conversation in conversations for segment in conversation]
-    texts = {segment.text: replace_surrogates(segment.text) for segment in segments if not segment.special}
-    pieces = dict(zip(texts, tokenizer.encode_ids(list(texts.values())), strict=True))
+    pieces: dict[tuple[str, bool], np.ndarray] = {}
+    for inside in (False, True):
+        texts = dict.fromkeys(
+            segment.text
+            for conversation in conversations
+            for number, segment in enumerate(conversation)
+            if not segment.special and _is_inside(conversation, number, tokenizer) == inside
+        )
+        found = tokenizer.encode_ids([replace_surrogates(text) for text in texts], inside=inside)
+        pieces |= {(text, inside): ids for text, ids in zip(texts, found, strict=True)}
     specials = {
         name: np.array([number], np.uint32) for name, number in require_specials(segments, tokenizer).items()
     }
     for conversation in conversations:
-        ids = [specials[s.text] if s.special else pieces[s.text] for s in conversation]
+        ids = [
+            specials[segment.text]
+            if segment.special
+            else pieces[segment.text, _is_inside(conversation, number, tokenizer)]
+            for number, segment in enumerate(conversation)
+        ]
         values = np.array([lane_value(segment) for segment in conversation], np.uint8)
         yield Tokenized(np.concatenate(ids), np.repeat(values, [len(found) for found in ids]))
+
+
+def _is_inside(segments: Sequence[Segment], number: int, tokenizer: Tokenizer) -> bool:
+    """Whether a segment gets no space in front, as it would in the whole text: one that stands behind other text."""
+    if tokenizer.prefix is None or number == 0:
+        return False
+    return tokenizer.prefix == "first" or not segments[number - 1].special
 
 
 def tokenize_conversation(

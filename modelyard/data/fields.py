@@ -10,6 +10,9 @@ from modelyard.config.prepare import ConversationColumn
 KNOWN = frozenset(get_args(ConversationColumn))
 
 
+_OPTIONAL = ("tools", "system", "input")
+
+
 class Fields(NamedTuple):
     """The columns of a dataset section."""
 
@@ -29,6 +32,12 @@ class Fields(NamedTuple):
         if self.renamed is not None:
             return [*self.renamed.values(), *self.columns]
         return [self.text, *([self.spans] if self.spans else []), *self.columns]
+
+    def named(self) -> list[str]:
+        """Of conversations: columns that the config names and that each record must have; tools and system messages may be
+        missing."""
+        theirs = [own for name, own in (self.renamed or {}).items() if name not in _OPTIONAL]
+        return [*theirs, *self.columns]
 
     def among(self, available: Collection[str]) -> list[str]:
         """Those to read of a table that has `available`."""

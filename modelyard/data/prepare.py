@@ -21,7 +21,7 @@ from typing import Any, cast
 import tokenizers
 import yaml
 
-from modelyard.chat.format import family_from
+from modelyard.chat.format import RENDERER, family_from, settings_of
 from modelyard.chat.formats import FORMATS, Format, Reading
 from modelyard.chat.template import Template
 from modelyard.chat.tool_data.definitions import load_definitions
@@ -364,6 +364,9 @@ def _record(config: PrepareConfig, job: Job) -> dict[str, Any]:
         name: hashlib.sha256(content).hexdigest() for name, content in sorted(job.tokenizer.files().items())
     }
     record = {"version": 1, "config": settings, "source": job.source.identity(), "tokenizer": files}
+    if job.conversations is not None:
+        record["renderer"] = RENDERER
+        record["chat"] = settings_of(job.conversations.family)
     if job.conversations is not None and (path := job.conversations.reading.definitions) is not None:
         content = json.dumps(load_definitions(path)).encode()
         record["definitions"] = hashlib.sha256(content).hexdigest()

@@ -389,6 +389,12 @@ def _columnar_record(names: Sequence[str], row: tuple[Any, ...], index: int, fie
 
 def _record(values: dict[str, Any], index: int, fields: Fields) -> Record:
     if fields.is_conversation:
+        for name in fields.named():
+            if name not in values:
+                available = ", ".join(f"'{key}'" for key in list(values)[:20]) or "nothing"
+                raise RecordError(
+                    index, f"no field '{name}'; the record has {available}{did_you_mean(name, values)}"
+                )
         kept = tuple(_as_text(values.get(name)) for name in fields.columns)
         return Record("", None, kept, fields.as_known(values))
     for name in fields.required():

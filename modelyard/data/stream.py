@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from math import ceil
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from modelyard.chat.segments import LossLane
 from modelyard.config.data import BlendedDataset, DatasetConfig, SampledDataset, SamplingConfig
 from modelyard.data.blend import Blend
-from modelyard.data.datasets import IndexedDataset, foreign_documents, open_dataset
+from modelyard.data.datasets import IndexedDataset, foreign_documents, open_dataset, stores
 from modelyard.data.lanes import MASK_LANE, has_kinds
 from modelyard.data.layout import Layout, lay_out
 from modelyard.data.order import DocumentOrder, derive_key
@@ -93,6 +94,7 @@ class DataStream:
         tree = self._build(resolve(config, base), sampling, (), total_rows, problems)
         if problems or tree is None:
             raise UserError(*problems)
+        self._refuse_two_chat_formats()
         self._tree = tree
         identity: list[Any] = [
             tree.identity(),
@@ -148,8 +150,11 @@ class DataStream:
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        """The tokenizer that came with the data: the first there is, in the order in which datasets were written."""
-        return next(filter(None, (leaf.rows.dataset.tokenizer_folder for leaf in self._leaves)), None)
+        """The tokenizer that came with the data: the first there is, in the order in which datasets were written, but of
+        conversations before that of texts: it says how they are written."""
+        folders = [leaf.rows.dataset.tokenizer_folder for leaf in self._leaves]
+        talks = [folder for folder, dataset in zip(folders, self.datasets) if has_kinds(dataset)]
+        return next(filter(None, (*talks, *folders)), None)
 
     def one_pass(self, share: Share = WHOLE) -> Iterator[Batch]:
         """Batches that hold every document once, whatever the batch size; the last one may be short.
@@ -222,6 +227,20 @@ class DataStream:
         with self._lock:
             for leaf in self._leaves:
                 leaf.rows.table.restore(state.get(leaf.rows.fingerprint, []))
+
+    def _refuse_two_chat_formats(self) -> None:
+        """A model that is exported has one, and stops where answers end in that one."""
+        found: dict[str, str] = {}
+        for dataset in self.datasets:
+            for store in stores(dataset):
+                if (chat := store.manifest.get("chat")) is not None:
+                    found.setdefault(json.dumps(chat, sort_keys=True), str(store.path))
+        if len(found) > 1:
+            (one, first), (other, second), *_ = found.items()
+            raise UserError(
+                f"{self.name}: {first} and {second} are conversations in different chat formats ({one} and {other}): prepare "
+                "them in one"
+            )
 
     def _build(
         self,

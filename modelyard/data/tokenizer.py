@@ -119,17 +119,35 @@ class Tokenizer:
         """What makes `encode_ids` fast; None where the tokenizer works otherwise."""
         return Pieces.of(self.backend, self.encode_batch)
 
-    def encode_ids(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_ids(self, texts: Sequence[str], *, inside: bool = False) -> list[np.ndarray]:
         """Token ids of many texts, special-token strings being text: uint32 [tokens] each.
 
-        The ids of `encode_batch`, faster where the tokenizer allows; for passes over much text.
+        The ids of `encode_batch`, faster where the tokenizer allows; for passes over much text. `inside`: they are stretches of
+        a longer text, and get no space in front as SentencePiece puts it before a whole one.
         """
+        if inside and self._prefix is not None:
+            backend = self._prefix[1]
+            backend.encode_special_tokens = True
+            found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [np.array(encoding.ids, np.uint32) for encoding in found]
         if self.pieces is not None:
             return self.pieces.encode(texts)
         return [np.array(encoding.ids, np.uint32) for encoding in self.encode_batch(texts)]
 
+    @property
+    def prefix(self) -> Literal["first", "always"] | None:
+        """Where this tokenizer puts a space in front: of a text, or also after each special token in it; None: nowhere."""
+        return self._prefix and self._prefix[0]
+
+    @cached_property
+    def _prefix(self) -> tuple[Literal["first", "always"], Backend] | None:
+        """That, and a tokenizer that is the same but for it."""
+        document = json.loads(self.backend.to_str())
+        found = _take_prefix(document)
+        return found and (found, Backend.from_str(json.dumps(document)))
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "pieces"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("pieces", "_prefix")}
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special: bool = False) -> str:
         """The text of token ids; special tokens are written out unless `skip_special`."""
@@ -146,6 +164,25 @@ class Tokenizer:
         if self._converted_json is not None:
             contents["tokenizer.json"] = self._converted_json
         return contents
+
+
+def _take_prefix(document: dict[str, Any]) -> Literal["first", "always"] | None:
+    """Take the rule that puts a space in front out of a tokenizer.json; what it was."""
+    normalizer = document.get("normalizer") or {}
+    parts = normalizer.get("normalizers", [normalizer])
+    if any(part.get("type") == "Prepend" for part in parts):
+        kept = [part for part in parts if part.get("type") != "Prepend"]
+        document["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
+        return "always"
+    pre_tokenizer = document.get("pre_tokenizer") or {}
+    for part in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
+        if part.get("type") == "Metaspace" and (scheme := part.get("prepend_scheme", "always")) != "never":
+            part["prepend_scheme"] = "never"
+            return "first" if scheme == "first" else "always"
+        if part.get("type") == "ByteLevel" and part.get("add_prefix_space"):
+            part["add_prefix_space"] = False
+            return "always"
+    return None
 
 
 def replace_surrogates(text: str) -> str:

@@ -384,4 +384,4 @@ def _written(call: Call) -> str:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return replace_surrogates(json.dumps(value, ensure_ascii=False))

@@ -225,9 +225,15 @@ def _run(asked: dict[str, Any]) -> dict[str, Any]:
             process.wait()
         answer.seek(0)
         try:
-            return dict(json.loads(answer.read()))
-        except ValueError:
-            return {
-                "error": "no answer came: it left by itself, or used too much memory or processor time",
-                "output": "",
-            }
+            found = json.loads(answer.read())
+        except (ValueError, RecursionError):
+            found = None
+        # What ran may have written anything there.
+        if isinstance(found, dict) and all(
+            isinstance(found.get(key, ""), str) for key in ("error", "output")
+        ):
+            return found
+        return {
+            "error": "no answer came: it left by itself, or used too much memory or processor time",
+            "output": "",
+        }

@@ -136,3 +136,47 @@ def test_tools_and_calls_survive_byte_for_byte() -> None:
     for name, one in zip("aba", arguments):
         assert f'{{"name": "{name}", "arguments": {one}}}\n</tool_call>' in qwen
         assert f'{{"name": "{name}", "parameters": {one}}}<|eot_id|>' in llama
+
+
+def test_what_stands_beside_the_messages_is_taken() -> None:
+    tool, asked = {"name": "f"}, {"role": "user", "content": "q"}
+    answer = {"role": "assistant", "content": "a"}
+    for record in (
+        {"system": "be", "prompt": "q", "completion": "a", "tools": [tool]},
+        {"system": "be", "messages": [asked, answer], "tools": [tool]},
+        {"system": "be", "prompt": [asked], "completion": [answer], "tools": [tool]},
+        {"system": "be", "instruction": "q", "output": "a", "tools": [tool]},
+    ):
+        found = read_record(record)
+        assert [(m.role, m.content) for m in found.messages] == [
+            ("system", "be"),
+            ("user", "q"),
+            ("assistant", "a"),
+        ]
+        assert found.tools == (tool,)
+    with pytest.raises(ConversationError, match="'system' beside"):
+        read_record({"system": "be", "messages": [{"role": "system", "content": "x"}, asked, answer]})
+    with pytest.raises(ConversationError, match="its 'history' has no place"):
+        read_record({"instruction": "q", "output": "a", "history": [["x", "y"]]})
+    with pytest.raises(ConversationError, match="instruction and input are not both text"):
+        read_record({"instruction": None, "input": "x", "output": "a"})
+
+
+def test_a_call_of_weight_0_is_left_out() -> None:
+    turns = [
+        {"from": "human", "value": "q"},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {}}', "weight": 0},
+    ]
+    assert [message.trained for message in read_record({"conversations": turns}).messages] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"tool_calls": 5}, "tool_calls are 5, not a list"),
+        ({"tool_calls": [{"name": "f", "arguments": "x=" + "-" * 1500 + "1"}]}, "arguments of the call of f"),
+    ],
+)
+def test_broken_calls_are_named(message: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConversationError, match=reason):
+        read_record({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", **message}]})

@@ -11,6 +11,7 @@ import pytest
 
 from modelyard.chat.conversation import Call, Conversation, ConversationError, Message, read_conversation
 from modelyard.chat.families import FAMILIES, QWEN, ChatML, Family, Llama3, Vicuna
+from modelyard.chat.schema import call_problem
 from modelyard.chat.segments import Kind, text_of
 from modelyard.chat.template import template_of
 from tests.chat.conversations import ARGUMENTS, conversation
@@ -171,3 +172,24 @@ def test_shipped_templates_read_as_their_families(name: str, shared_data: Path) 
     for arguments in ARGUMENTS:
         text = written(called(Call("weather", arguments)), FAMILIES[name])
         assert template.parse(text) == called(Call("weather", arguments))
+
+
+HOSTILE = (
+    '{"name": "f", "parameters": {"x": 1e999}}',
+    '{"name": "f", "parameters": {"x": NaN}}',
+    "<|python_tag|>f(x=" + "-" * 1500 + "1)",
+    "<|python_tag|>f(x=0x" + "f" * 4000 + ")",
+    "<|python_tag|>f(x=g()" + ".a" * 1500 + ")",
+    '<tool_call>\n{"name": "f", "arguments": {"x": -Infinity}}\n</tool_call>',
+    "[" * 100_000,
+)
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_nothing_that_a_model_writes_is_an_error(text: str) -> None:
+    """And what is made of it can be written as JSON."""
+    for family in (*FAMILIES.values(), Llama3(builtin_tools=("code_interpreter",))):
+        message = family.parse(text)
+        for call in message.calls:
+            json.dumps(call.arguments, allow_nan=False)
+            call_problem(call, [{"name": "f", "parameters": {"properties": {"x": {"multipleOf": 0.01}}}}])

@@ -72,6 +72,17 @@ def test_a_tokenizer_s_own_template_needs_none() -> None:
     assert all(chat_template(family) for family in FAMILIES.values())
 
 
+def test_a_tokenizer_s_own_template_says_the_system_message_it_is_given() -> None:
+    source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    family = Template("t", source, ("<|im_end|>",), {}, default_system='be "kind"')
+    shipped = chat_template(family)
+    assert shipped is not None
+    other = Template("t", shipped, ("<|im_end|>",), {})
+    for messages in ([Message("user", "x")], [Message("system", "s"), Message("user", "x")]):
+        talk = Conversation(tuple(messages))
+        assert other.text(talk.messages, answer=True) == text_of(family.render(talk, answer=True))
+
+
 @pytest.mark.parametrize("name", ["llama3", "qwen2.5", "chatml"])
 def test_the_template_is_found_again_as_its_family(
     name: str, chat_tokenizers: dict[str, Path], tmp_path: Path

@@ -188,6 +188,8 @@ def test_unknown_formats_and_columns_by_other_names(
         UserError, match=r"there is no 'mesages'; there are auto, messages.* did you mean 'messages'"
     ):
         make(tmp_path, source, chat_tokenizers["llama3"], format="mesages")
+    with pytest.raises(UserError, match=r"record 1: no field 'chatt'; .* did you mean 'chat'"):
+        make(tmp_path, source, chat_tokenizers["llama3"], columns={"messages": "chatt"})
     store = make(
         tmp_path,
         source,

@@ -13,7 +13,7 @@ import torch
 
 from modelyard.chat.segments import Kind, Segment, lane_value, trained
 from modelyard.config.batch import BatchConfig
-from modelyard.config.data import MemmapDataset, RandomDataset, SamplingConfig
+from modelyard.config.data import BlendedDataset, MemmapDataset, RandomDataset, SamplingConfig
 from modelyard.config.prepare import PrepareConfig
 from modelyard.data.lanes import NO_KIND, not_targets
 from modelyard.data.prepare import prepare
@@ -23,6 +23,7 @@ from modelyard.data.tokenizer import load_tokenizer
 from modelyard.errors import UserError
 
 USER = {"role": "user", "content": "how wide?"}
+ANSWER = {"role": "assistant", "content": "42"}
 
 
 def value(kind: Kind, role: Any = "assistant", trained: bool = True) -> int:
@@ -155,3 +156,37 @@ def test_a_stretch_of_a_conversation_knows_the_last_answer(store: Path) -> None:
         part = not_targets(dataset, 2, begin, end, spans=False, lane="last_answer")
         assert part is not None
         assert part.tolist() == whole[begin:end].tolist()
+
+
+def test_the_last_of_two_answers_that_touch() -> None:
+    """A format need not write anything between them."""
+    kinds = np.array(
+        [value(Kind.CONTENT), value(Kind.TERMINATOR), value(Kind.CONTENT), value(Kind.TERMINATOR)], np.uint8
+    )
+    assert trained(kinds, "last_answer").tolist() == [False, False, True, True]
+
+
+def test_a_blend_has_the_tokenizer_of_its_conversations_and_one_chat_format(
+    store: Path, chat_tokenizers: dict[str, Path], write_jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
+    def other(name: str, **dataset: Any) -> Path:
+        document = {
+            "output_path": str(tmp_path / name),
+            "dataset": {
+                "path": str(write_jsonl([{"text": "a b", "messages": [USER, ANSWER]}] * 5, f"{name}.jsonl")),
+                **dataset,
+            },
+            "tokenizer": {"path": str(chat_tokenizers["qwen2.5"])},
+        }
+        prepare(PrepareConfig.model_validate(document), report=lambda line: None, terminal=False)
+        return tmp_path / name / "data"
+
+    def blend(*stores: Path) -> DataStream:
+        parts = [MemmapDataset(type="memmap", path=path) for path in stores]
+        config = BlendedDataset(type="blended", datasets=parts, weights=[1.0] * len(parts))
+        batch = BatchConfig(batch_size=2, sequence_length=700, cross_document_attention=False)
+        return DataStream(config, name="all", sampling=SamplingConfig(), batch=batch, vocab_size=290)
+
+    assert blend(other("texts"), store).tokenizer_folder == store / "tokenizer"
+    with pytest.raises(UserError, match=r"all: .* are conversations in different chat formats"):
+        blend(store, other("talks", conversations={"system": "another"}))
