@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from modelyard.chat.conversation import Conversation, ConversationError, Message, Role
 from modelyard.chat.parsing import hermes_message, llama_message, plain_message
-from modelyard.chat.segments import Kind, Segment
+from modelyard.chat.segments import Kind, Segment, joined
 
 
 class Family(Protocol):
@@ -188,7 +188,7 @@ class ChatML:
         return hermes_message(text) if self.hermes else plain_message(text)
 
     def render(self, conversation: Conversation, *, answer: bool = False) -> list[Segment]:
-        return list(self._segments(conversation, answer))
+        return joined(self._segments(conversation, answer))
 
     def _segments(self, conversation: Conversation, answer: bool) -> Iterator[Segment]:
         messages = list(conversation.messages)
@@ -246,9 +246,9 @@ class ChatML:
 
         yield from self._header("assistant")
         if message.content:
-            yield said(message.content, Kind.CONTENT)
+            yield said(f"{message.content}\n", Kind.CONTENT)
         for number, call in enumerate(message.calls):
-            if number or message.content:
+            if number:
                 yield said("\n")
             yield said("<tool_call>", special=True)
             yield said(f'\n{{"name": "{call.name}", "arguments": {as_json(call.arguments)}}}\n')

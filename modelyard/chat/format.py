@@ -200,6 +200,5 @@ def _check_tokens(family: Family, tokenizer: Tokenizer) -> None:
         raise UserError(str(error)) from None
     for segment in segments:
         if segment.special and not tokenizer.has_token(segment.text):
-            raise UserError(
-                f"{tokenizer.folder} has no token '{segment.text}', which the chat format {family.name} is made of"
-            )
+            what = "its chat template" if isinstance(family, Template) else f"the chat format {family.name}"
+            raise UserError(f"{tokenizer.folder} has no token '{segment.text}', which {what} is made of")

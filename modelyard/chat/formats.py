@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 from modelyard.chat.conversation import Conversation, ConversationError, read_conversation
 from modelyard.chat.tool_data import api_bank, bfcl, nestful, seal_tools, toolalpaca
+from modelyard.errors import did_you_mean
 
 Format = Literal[
     "messages", "sharegpt", "alpaca", "pair", "seal_tools", "bfcl", "nestful", "api_bank", "toolalpaca"
@@ -36,6 +37,9 @@ _TELLING: dict[Format, tuple[tuple[str, ...], ...]] = {
 }
 """Columns that a record of the format has: all of one of these."""
 FORMATS: tuple[Format, ...] = get_args(Format)
+
+
+_NAMES = sorted({column for ways in _TELLING.values() for columns in ways for column in columns})
 
 
 def format_of(record: Mapping[str, Any]) -> Format | None:
@@ -82,8 +86,15 @@ def read_records(
         chosen = format or format_of(record)
         if chosen is None:
             columns = ", ".join(map(str, record)) or "none"
+            if "chosen" in record and "rejected" in record:
+                raise ConversationError("it is a preference (chosen, rejected), which is not supported yet")
+            if "text" in record:
+                raise ConversationError(
+                    "it is a text, no conversation: leave dataset.conversations out, and name its column with dataset.field"
+                )
+            near = next(filter(None, (did_you_mean(str(name), _NAMES) for name in record)), "")
             raise ConversationError(
-                f"its columns ({columns}) are those of no format of conversations: {_formats()}"
+                f"its columns ({columns}) are those of no format of conversations{near}: {_formats()}"
             )
         if not _has(record, chosen):
             raise ConversationError(f"it has not the columns of the format {chosen}: {_columns(chosen)}")
@@ -165,6 +176,8 @@ def _sharegpt(record: Mapping[str, Any]) -> Conversation:
     turns = record.get("conversations", record.get("conversation"))
     if not isinstance(turns, list):
         raise ConversationError("conversations is not a list")
+    if turns and all(isinstance(turn, Mapping) and "role" in turn for turn in turns):
+        return _messages({**record, "messages": turns})  # OpenAI's messages under ShareGPT's name
     messages = _system(record)
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:

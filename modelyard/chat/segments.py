@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Literal
 
@@ -78,6 +78,29 @@ def trained(kinds: np.ndarray, lane: LossLane = "sft") -> np.ndarray:
     if lane == "last_answer":
         ends = np.flatnonzero(found & (kinds & 7 == Kind.TERMINATOR))
         found[: ends[-2] + 1 if len(ends) > 1 else 0] = False
+    return found
+
+
+def joined(segments: Iterable[Segment]) -> list[Segment]:
+    """Neighbours that are one thing of one message as one segment, so that they are cut into tokens together, as in the whole
+    text; white space between a header and what a user says goes with that, where it makes one token with how it begins. (An
+    answer's header is left as it is: there the prompt ends.)"""
+    found: list[Segment] = []
+    for segment in segments:
+        before = found[-1] if found else None
+        if before is None or before.special or segment.special:
+            found.append(segment)
+        elif (before.kind, before.role, before.trained) == (segment.kind, segment.role, segment.trained):
+            found[-1] = replace(before, text=before.text + segment.text)
+        elif before.kind == Kind.HEADER and segment.kind == Kind.CONTENT and segment.role != "assistant":
+            kept = before.text.rstrip()
+            space = before.text[len(kept) :]
+            if space.endswith(" ") or segment.text[:1].isspace():
+                found[-1:] = [replace(before, text=kept)] if kept else []
+                segment = replace(segment, text=space + segment.text)
+            found.append(segment)
+        else:
+            found.append(segment)
     return found
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from modelyard.chat.conversation import Call, Conversation, ConversationError, Message
 from modelyard.chat.parsing import hermes_message, llama_message, plain_message
-from modelyard.chat.segments import Kind, Segment, text_of
+from modelyard.chat.segments import Kind, Segment, joined, text_of
 from modelyard.errors import UserError
 
 _MARK = "\ue000{}\ue001"
@@ -103,7 +103,7 @@ class Template:
         whole = self.text(messages, tools, answer=answer)
         contents = self._contents(messages, tools, whole, answer)
         answers = self._answers(messages, tools, whole)
-        segments = _joined(self._segments(messages, whole, contents, answers))
+        segments = joined(self._segments(messages, whole, contents, answers))
         assert text_of(segments) == whole
         return segments
 
@@ -284,24 +284,6 @@ def _generation_tag() -> Any:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     return Generation
-
-
-def _joined(segments: Iterator[Segment]) -> list[Segment]:
-    """Neighbours that are all content of one message as one, so that they are cut into tokens together."""
-    found: list[Segment] = []
-    for segment in segments:
-        before = found[-1] if found else None
-        if before is None or before.special or segment.special or segment.kind != Kind.CONTENT:
-            found.append(segment)
-        elif before.kind == Kind.CONTENT and (before.role, before.trained) == (segment.role, segment.trained):
-            found[-1] = replace(before, text=before.text + segment.text)
-        elif before.kind == Kind.HEADER and before.text.endswith(" ") and segment.role != "assistant":
-            # A word and the space before it are one token. (An answer's stands for itself: there the prompt ends.)
-            found[-1:] = [replace(before, text=before.text[:-1])] if len(before.text) > 1 else []
-            found.append(replace(segment, text=" " + segment.text))
-        else:
-            found.append(segment)
-    return found
 
 
 def template_of(folder: Path) -> Template:

@@ -6,6 +6,7 @@ None of them holds anything of the size of the data: opening a store of a billio
 from __future__ import annotations
 
 import hashlib
+import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby
@@ -281,6 +282,18 @@ def stores(dataset: IndexedDataset) -> list[TokenStore]:
         if isinstance(dataset, StoredDataset) and isinstance(dataset.store, TokenStore)
         else []
     )
+
+
+def two_chat_formats(read: Sequence[TokenStore]) -> str | None:
+    """That conversations are written in different chat formats, where they are."""
+    found: dict[str, Path] = {}
+    for store in read:
+        if (chat := store.manifest.get("chat")) is not None:
+            found.setdefault(json.dumps(chat, sort_keys=True), store.path)
+    if len(found) < 2:
+        return None
+    (one, first), (other, second), *_ = found.items()
+    return f"{first} and {second} are conversations in different chat formats ({one} and {other}): prepare them in one"
 
 
 def foreign_documents(dataset: IndexedDataset) -> list[tuple[ForeignStore, int, int]]:

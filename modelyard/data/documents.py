@@ -12,6 +12,7 @@ from modelyard.chat.conversation import Conversation, ConversationError, Message
 from modelyard.chat.families import Family
 from modelyard.chat.format import chat_files
 from modelyard.chat.formats import Format, Reading, read_records
+from modelyard.chat.schema import call_problem
 from modelyard.chat.segments import Kind, trained
 from modelyard.chat.tokens import require_specials, tokenize_many, untrained_reason
 from modelyard.data.lanes import KIND_LANE, MASK_LANE
@@ -85,6 +86,12 @@ class Tokenized:
     """Tokens of conversations that are trained on."""
     answers: int = 0
     """Messages of conversations that are trained on; each ends in a trained terminator."""
+    silent: int = 0
+    """Of these, messages that say nothing: their end alone is trained on."""
+    calls: int = 0
+    """Calls of tools in conversations that define tools."""
+    unfit: int = 0
+    """Of these, calls that do not fit the definitions."""
     doubled: int = 0
     """Texts with spans that begin with the begin token twice."""
     ends_masked: int = 0
@@ -96,7 +103,7 @@ class Tokenized:
 
 
 COUNTED = (
-    "empty", "repaired", "unreadable", "unusable", "trained", "answers", "doubled", "ends_masked", "calls_masked",
+    "empty", "repaired", "unreadable", "unusable", "trained", "answers", "silent", "calls", "unfit", "doubled", "ends_masked", "calls_masked",
 )  # fmt: skip
 """What of `Tokenized` adds up from chunk to chunk."""
 
@@ -172,6 +179,10 @@ def _tokenize_conversations(
                 require_specials(segments, job.tokenizer)
                 rendered.append(segments)
                 numbers.append(number)
+                if conversation.tools:
+                    called = [call for message in conversation.messages for call in message.calls]
+                    result.calls += len(called)
+                    result.unfit += sum(call_problem(call, conversation.tools) is not None for call in called)
             except ConversationError as error:
                 problems.append((number, str(error)))
     kept = []
@@ -192,7 +203,9 @@ def _tokenize_conversations(
         result.columns = [record.columns for number, _ in kept if (record := records[number]) is not None]
         in_loss = trained(result.lane)
         result.trained = int(np.count_nonzero(in_loss))
-        result.answers = int(np.count_nonzero(in_loss & (result.lane & 7 == Kind.TERMINATOR)))
+        ends = in_loss & (result.lane & 7 == Kind.TERMINATOR)
+        result.answers = int(np.count_nonzero(ends))
+        result.silent = int(np.count_nonzero(ends & ~np.append(False, in_loss[:-1])))
     return result
 
 
@@ -205,9 +218,9 @@ def _in_one(problems: Sequence[tuple[int, str]]) -> tuple[int, str]:
     others = sorted({number for number, _ in problems} - {first})
     if others:
         # Records are numbered from the first of the file; here only how far on they are is known.
-        named = ", ".join(f"+{number - first}" for number in others[:_MOST_NAMED])
+        named = ", ".join(f"the {number - first}." for number in others[:_MOST_NAMED])
         more = f" and {len(others) - _MOST_NAMED} more" if len(others) > _MOST_NAMED else ""
-        reason += f"; cannot be used either: the records {named}{more} from there"
+        reason += f"; nor can these after it: {named}{more}"
     return first, f"{reason} (dataset.conversations.unusable: drop leaves such records out)"
 
 

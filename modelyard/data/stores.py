@@ -42,6 +42,9 @@ class Counts:
     unusable: int = 0
     trained: int = 0
     answers: int = 0
+    silent: int = 0
+    calls: int = 0
+    unfit: int = 0
     doubled: int = 0
     ends_masked: int = 0
     calls_masked: int = 0
@@ -59,6 +62,8 @@ class Counts:
             "files left out that are not UTF-8": self.unreadable,
             "documents with lone surrogates (now U+FFFD)": self.repaired,
             "conversations left out that cannot be used": self.unusable,
+            "answers that say nothing (their end alone is trained on)": self.silent,
+            f"of {self.calls:,} calls do not fit the definitions of their tools": self.unfit,
             "texts begin with the begin token twice": self.doubled,
             "texts whose end is masked (a conversation that ends on a user's turn?)": self.ends_masked,
             "texts with tool calls that are masked, though other turns are trained on": self.calls_masked,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from math import ceil
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from modelyard.chat.segments import LossLane
 from modelyard.config.data import BlendedDataset, DatasetConfig, SampledDataset, SamplingConfig
 from modelyard.data.blend import Blend
-from modelyard.data.datasets import IndexedDataset, foreign_documents, open_dataset, stores
+from modelyard.data.datasets import IndexedDataset, foreign_documents, open_dataset, stores, two_chat_formats
 from modelyard.data.lanes import MASK_LANE, has_kinds
 from modelyard.data.layout import Layout, lay_out
 from modelyard.data.order import DocumentOrder, derive_key
@@ -230,17 +229,8 @@ class DataStream:
 
     def _refuse_two_chat_formats(self) -> None:
         """A model that is exported has one, and stops where answers end in that one."""
-        found: dict[str, str] = {}
-        for dataset in self.datasets:
-            for store in stores(dataset):
-                if (chat := store.manifest.get("chat")) is not None:
-                    found.setdefault(json.dumps(chat, sort_keys=True), str(store.path))
-        if len(found) > 1:
-            (one, first), (other, second), *_ = found.items()
-            raise UserError(
-                f"{self.name}: {first} and {second} are conversations in different chat formats ({one} and {other}): prepare "
-                "them in one"
-            )
+        if problem := two_chat_formats([store for dataset in self.datasets for store in stores(dataset)]):
+            raise UserError(f"{self.name}: {problem}")
 
     def _build(
         self,

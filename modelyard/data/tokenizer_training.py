@@ -108,6 +108,17 @@ class Seen:
             yield text
 
 
+TAGS = ("<tool_call>", "</tool_call>")
+"""Tokens that are text for people, too, as in Qwen's own tokenizer: leaving special tokens out of a text leaves them in."""
+
+
+def _as_json(tokenizer: Tokenizer) -> str:
+    document = json.loads(tokenizer.to_str())
+    for token in document["added_tokens"]:
+        token["special"] = token["content"] not in TAGS
+    return json.dumps(document, ensure_ascii=False, indent=2)
+
+
 def _write(tokenizer: Tokenizer, folder: Path, bos: str, eos: str) -> None:
     named = {"bos_token": bos, "eos_token": eos}
     config = {
@@ -120,7 +131,7 @@ def _write(tokenizer: Tokenizer, folder: Path, bos: str, eos: str) -> None:
     texts = {
         "special_tokens_map.json": json.dumps(named, indent=2) + "\n",
         "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
-        "tokenizer.json": tokenizer.to_str(pretty=True),
+        "tokenizer.json": _as_json(tokenizer),
     }
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     absent = [folder / name for name in texts if not (folder / name).exists()]

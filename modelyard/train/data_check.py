@@ -7,7 +7,7 @@ from pathlib import Path
 
 from modelyard.config.pretrained import model_tokenizer
 from modelyard.config.train import TrainConfig
-from modelyard.data.datasets import stores
+from modelyard.data.datasets import stores, two_chat_formats
 from modelyard.data.store import TokenStore
 from modelyard.data.stream import DataStream
 from modelyard.data.tokenizer_difference import tokenizer_difference
@@ -34,12 +34,14 @@ def damaged_data(read: Sequence[TokenStore]) -> list[str]:
 
 
 def foreign_tokenizers(config: TrainConfig, read: Sequence[TokenStore]) -> list[str]:
-    """One line for each tokenizer that is not the one that the data was made with."""
+    """One line for each tokenizer, or chat format, that is not the one that the data was made with."""
     made_with = [store.path / "tokenizer" for store in read if (store.path / "tokenizer").is_dir()]
     if not made_with:
         return []
     first, *others = made_with
-    problems = [
+    chats = two_chat_formats(read)
+    problems = [f"data.datasets: {chats}"] if chats else []
+    problems += [
         f"data.datasets: {other.parent} was prepared with another tokenizer than {first.parent} ({reason}); prepare one "
         "of them again"
         for other in others

@@ -58,7 +58,7 @@ def compare(templates: dict[str, Any], count: int, seed: int) -> None:
             # The answers as they are written, and nothing else.
             llama = name == "llama3"
             answers = [
-                m.content
+                m.content + ("\n" if m.calls else "")
                 for m in talk.messages
                 if m.role == "assistant" and not (m.calls and (llama or not m.content))
             ]

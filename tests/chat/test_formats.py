@@ -62,9 +62,11 @@ def test_calls_and_results_of_sharegpt() -> None:
     ("record", "problem"),
     [
         (
-            {"text": "x"},
-            r"its columns \(text\) are those of no format of conversations: messages \(messages\); sharegpt",
+            {"mesages": []},
+            r"its columns \(mesages\) are those of no format of conversations; did you mean 'messages'\?: messages \(messages\)",
         ),
+        ({"text": "x"}, "it is a text, no conversation: leave dataset.conversations out"),
+        ({"prompt": "x", "chosen": "y", "rejected": "z"}, "it is a preference"),
         ({"conversations": "x"}, "conversations is not a list"),
         ({"conversations": [{"value": "x"}]}, "turn 1 has not both 'from' and 'value'"),
         (

@@ -12,6 +12,7 @@ import pytest
 
 from modelyard.chat.conversation import ConversationError, read_conversation
 from modelyard.chat.families import QWEN, Family, Llama3, Vicuna
+from modelyard.chat.format import family_from
 from modelyard.chat.segments import Kind, Segment, kind_of, lane_value, role_of, trained
 from modelyard.chat.tokens import tokenize_conversation, tokenize_segments, untrained_reason
 from modelyard.data.tokenizer import Tokenizer, load_tokenizer
@@ -142,3 +143,43 @@ def test_a_vocabulary_without_the_formats_tokens_is_refused(shared_data: Path) -
         tokenize_conversation(talk, Llama3(), tokenizer)
     found = tokenize_conversation(talk, Vicuna(), tokenizer)
     assert tokenizer.decode(found.ids[trained(found.kinds)]) == " charlie<|endoftext|>"
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_ids_are_those_of_the_whole_text(name: str, shared_data: Path) -> None:
+    """Cutting at the edges of segments changes nothing, whatever stands there: text beside calls, calls and results side by
+    side, white space at the beginning of what somebody says."""
+    from transformers import AutoTokenizer
+
+    folder = shared_data / "tokenizers" / name
+    tokenizer, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    tools = [{"type": "function", "function": {"name": "w", "parameters": {}}}]
+    one: dict[str, Any] = {"type": "function", "function": {"name": "w", "arguments": {"a": 1}}}
+    result = {"role": "tool", "content": "r"}
+    talks: list[list[dict[str, Any]]] = [
+        [
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": "yes. "},
+            {"role": "user", "content": text},
+        ]
+        for text in ("\nfoo", "  foo", "foo\n\n", "1", "\n", "'s")
+    ]
+    talks.append(
+        [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [one]}, result]
+    )
+    if name == "qwen2.5":
+        talks += [
+            [
+                {"role": "user", "content": "x"},
+                {"role": "assistant", "content": text, "tool_calls": calls},
+                result,
+                result,
+            ]
+            for text, calls in (("Let me look.", [one]), ("", [one, one]), ("a\n", [one, one]))
+        ]
+    family = family_from({}, tokenizer)
+    for talk in talks:
+        expected = theirs.apply_chat_template(talk, tools=tools, return_dict=False)
+        assert (
+            tokenize_conversation(read_conversation(talk, tools), family, tokenizer).ids.tolist() == expected
+        ), talk

@@ -156,7 +156,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [USER, {"role": "assistent", "content": "x"}]}, "message 2: role is 'assistent'"),
     ({"messages": [USER]}, "no token of it is trained on"),
     ({"messages": [USER, {**ANSWER, "weight": 0}]}, "no token of it is trained on"),
-    ({"text": "plain"}, r"its columns \(text\) are those of no format of conversations"),
+    ({"text": "plain"}, "it is a text, no conversation: leave dataset.conversations out"),
     ({"messages": []}, "there are no messages"),
 ]
 
@@ -171,7 +171,7 @@ def test_a_record_that_cannot_be_used_is_named(
 ) -> None:
     records = [{"messages": TALK}] * 5 + [record] + [{"messages": TALK}] * 3 + [record]
     source = write_jsonl(records)
-    with pytest.raises(UserError, match=rf"texts.jsonl: record 6: {reason}.*the records \+4 from there"):
+    with pytest.raises(UserError, match=rf"texts.jsonl: record 6: {reason}.*nor can these after it: the 4\."):
         make(tmp_path, source, chat_tokenizers["llama3"])
     assert not (tmp_path / "out").exists()
     said: list[str] = []
@@ -273,3 +273,25 @@ def test_pitfalls_of_chats_written_as_texts_with_spans_are_counted(
         "1 texts begin with the begin token twice; 1 texts whose end is masked (a conversation that ends on a user's turn?); "
         "1 texts with tool calls that are masked, though other turns are trained on"
     ) in said
+
+
+def test_silent_answers_and_calls_that_do_not_fit_are_counted(
+    chat_tokenizers: dict[str, Path], write_jsonl: WriteJsonl, tmp_path: Path
+) -> None:
+    def talk(name: str) -> dict[str, Any]:
+        call = {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": {}}}]}
+        return {"messages": [USER, call, {"role": "tool", "content": "x"}, ANSWER], "tools": TOOLS}
+
+    records = [talk("a"), talk("a"), talk("aa"), {"messages": [USER, {"role": "assistant", "content": ""}]}]
+    said: list[str] = []
+    make(tmp_path, write_jsonl(records), chat_tokenizers["qwen2.5"], said=said)
+    assert (
+        "1 answers that say nothing (their end alone is trained on); 1 of 3 calls do not fit the definitions of their tools"
+        in said
+    )
+
+
+def test_tags_of_calls_are_text_for_other_programs(chat_tokenizers: dict[str, Path]) -> None:
+    """As in Qwen's tokenizer: transformers leaves special tokens out of what it shows, and finds them in what users write."""
+    added = json.loads((chat_tokenizers["qwen2.5"] / "tokenizer.json").read_text())["added_tokens"]
+    assert [token["content"] for token in added if not token["special"]] == ["<tool_call>", "</tool_call>"]

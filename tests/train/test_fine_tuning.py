@@ -18,6 +18,7 @@ from modelyard.data.batch import Batch
 from modelyard.data.prepare import prepare
 from modelyard.data.store import TokenStore
 from modelyard.data.tokenizer import load_tokenizer
+from modelyard.errors import UserError
 from modelyard.train import state as state_module
 from modelyard.train.checkpoint import Checkpoint
 from modelyard.train.run import train
@@ -147,6 +148,22 @@ def test_only_answers_are_targets() -> None:
     assert "how?" not in said
     assert "im_start" not in said
     assert said.count("<|im_end|>") == (batch.labels == tokenizer.special_token("<|im_end|>", "end").id).sum()
+
+
+def test_an_evaluation_in_another_chat_format_is_refused(chat_tokenizers: dict[str, Path]) -> None:
+    document = {
+        "output_path": "other",
+        "dataset": {"path": "talks.jsonl", "conversations": {"family": "chatml", "system": "sail"}},
+        "tokenizer": {"path": str(chat_tokenizers["chatml"])},
+    }
+    prepare(PrepareConfig.model_validate(document), report=lambda line: None, terminal=False)
+    evaluated = (
+        "data.datasets.held_out={type: file, path: other/fast_llm_config.yaml}",
+        "training.evaluators={held_out: {interval: 3, evaluator: {type: loss}}}",
+    )
+    with pytest.raises(UserError, match="are conversations in different chat formats") as error:
+        run("mixed", *evaluated)
+    assert "--force" in error.value.problems[-1]
 
 
 def test_a_gradient_of_nothing_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
