@@ -76,8 +76,12 @@ def trained(kinds: np.ndarray, lane: LossLane = "sft") -> np.ndarray:
         return np.ones(len(kinds), bool)
     found = _SFT[kinds]
     if lane == "last_answer":
-        ends = np.flatnonzero(found & (kinds & 7 == Kind.TERMINATOR))
-        found[: ends[-2] + 1 if len(ends) > 1 else 0] = False
+        # It begins where the mask last rises, or after the end of an answer that it touches.
+        begins = found & ~np.append(False, found[:-1])
+        ends = found & (kinds & 7 == Kind.TERMINATOR)
+        begins[1:] |= found[1:] & ends[:-1]
+        places = np.flatnonzero(begins)
+        found[: places[-1] if len(places) else 0] = False
     return found
 
 

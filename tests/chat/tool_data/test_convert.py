@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -92,7 +93,9 @@ def test_the_example_program(tmp_path: Path) -> None:
     questions.write_text('{"question": "2 + 2?", "answer": "4"}\n' * 3)
     command = [sys.executable, ROOT / "examples/tools/convert.py"]
     options = ["--nested", "expression", "--questions", questions]
-    done = subprocess.run([*command, path, output, *options], capture_output=True, text=True, check=False)
+    settings: dict[str, Any] = {"capture_output": True, "text": True, "check": False}
+    settings["env"] = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, path, output, *options], **settings)
     assert done.returncode == 0, done.stderr
     first, second = map(json.loads, output.read_text().splitlines())
     assert first == as_record(read_record(SEAL, None, EXPRESSION))
@@ -101,7 +104,7 @@ def test_the_example_program(tmp_path: Path) -> None:
     assert "  that fit their definitions     100.00%\n" in done.stdout
     assert "refused     1  it calls nothing\n" in done.stdout
     assert done.stdout.endswith(f"{output}: 2 conversations, 1 of them questions answered without tools\n")
-    done = subprocess.run([*command, tmp_path / "nope", output], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, tmp_path / "nope", output], **settings)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
