@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: help quickstart test test-all lint format bench faults gpu clean
 help:
 	@echo "make quickstart  train a small model on Python's standard library, about 6 minutes on 2 cores"
-	@echo "make test        the tests, about 6 minutes on 2 cores      make test-all  the slow ones too"
+	@echo "make test        the tests, about 9 minutes on 2 cores      make test-all  the slow ones too"
 	@echo "make lint        ruff and mypy                              make format    ruff, changing files"
 	@echo "make bench       speed against other programs, an hour      make gpu       tests and benchmarks on a CUDA GPU"
 	@echo "make faults      kills, damage, mistakes: docs/faults.md, docs/bad-input.md"
