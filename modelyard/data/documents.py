@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from tokenizers import Encoding
@@ -61,21 +61,12 @@ class Conversations:
     """Whether a record that cannot be used is left out."""
 
 
-@dataclass
-class Tokenized:
-    """One chunk's documents. Empty documents are counted, not kept."""
+@dataclass(kw_only=True)
+class Tally:
+    """What came of documents and conversations, beside those that are kept; it adds up from chunk to chunk."""
 
-    records: int
-    """Records in the chunk, kept or not."""
-    lengths: np.ndarray
-    """Tokens of each kept document, [documents]."""
-    tokens: np.ndarray
-    """[sum of lengths]"""
-    lane: np.ndarray | None
-    """Values of the job's lane, uint8 [sum of lengths]; None where it has none."""
-    columns: list[tuple[str | None, ...]]
-    """Per kept document."""
     empty: int = 0
+    """Documents of no text, which are left out."""
     repaired: int = 0
     """Documents with lone surrogates, which became U+FFFD."""
     unreadable: int = 0
@@ -98,14 +89,27 @@ class Tokenized:
     """Texts with spans whose end is not trained on."""
     calls_masked: int = 0
     """Texts with spans that train on something, but not on the calls of tools in them."""
+
+
+COUNTED = tuple(count.name for count in fields(Tally))
+
+
+@dataclass
+class Tokenized(Tally):
+    """One chunk's documents. Empty documents are counted, not kept."""
+
+    records: int
+    """Records in the chunk, kept or not."""
+    lengths: np.ndarray
+    """Tokens of each kept document, [documents]."""
+    tokens: np.ndarray
+    """[sum of lengths]"""
+    lane: np.ndarray | None
+    """Values of the job's lane, uint8 [sum of lengths]; None where it has none."""
+    columns: list[tuple[str | None, ...]]
+    """Per kept document."""
     problem: tuple[int, str] | None = None
     """Number within the chunk, and reason, of the first record that cannot be used; then nothing else is filled."""
-
-
-COUNTED = (
-    "empty", "repaired", "unreadable", "unusable", "trained", "answers", "silent", "calls", "unfit", "doubled", "ends_masked", "calls_masked",
-)  # fmt: skip
-"""What of `Tokenized` adds up from chunk to chunk."""
 
 
 def tokenize_chunk(job: Job, chunk: Chunk) -> Tokenized:

@@ -15,7 +15,7 @@ import numpy as np
 from modelyard.chat.format import settings_of
 from modelyard.config.prepare import PrepareConfig
 from modelyard.data.columns import ColumnWriter, column_writer
-from modelyard.data.documents import COUNTED, Job, Tokenized
+from modelyard.data.documents import COUNTED, Job, Tally, Tokenized
 from modelyard.data.output import JOURNAL, Output
 from modelyard.data.progress import Amount
 from modelyard.data.splits import deal
@@ -31,23 +31,11 @@ SAVE_SECONDS = 10.0
 
 
 @dataclass
-class Counts:
-    """What came of the documents so far."""
+class Counts(Tally):
+    """What came of all of them so far."""
 
     documents: int = 0
     tokens: int = 0
-    empty: int = 0
-    repaired: int = 0
-    unreadable: int = 0
-    unusable: int = 0
-    trained: int = 0
-    answers: int = 0
-    silent: int = 0
-    calls: int = 0
-    unfit: int = 0
-    doubled: int = 0
-    ends_masked: int = 0
-    calls_masked: int = 0
 
     def add(self, result: Tokenized) -> None:
         self.documents += len(result.lengths)
