@@ -28,7 +28,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -269,7 +269,7 @@ def compare(jobs: list[Job], schedule: dict[str, Any], rounds: int, python: str)
     """Let the programs step in turn; the first steps are not measured.
 
     Returns by name: tokens_per_second and trained_per_second (medians; None of trained tokens where a form has a selection of its
-    own), peak_bytes, rounds, and loss and grad_norm of every step. Raises RuntimeError where a program dies.
+    own), peak_bytes and of those imports_bytes, rounds, and loss and grad_norm of every step. Raises RuntimeError where a program dies.
     """
     programs: dict[str, Program] = {}
     answers: dict[str, list[dict[str, Any]]] = {job.name: [] for job in jobs}
@@ -281,7 +281,7 @@ def compare(jobs: list[Job], schedule: dict[str, Any], rounds: int, python: str)
         for _ in range(warm_up + rounds):
             for name, program in programs.items():
                 answers[name].append(program.ask("step"))
-        memory = {name: program.ask("memory")["peak_bytes"] for name, program in programs.items()}
+        memory = {name: program.ask("memory") for name, program in programs.items()}
     finally:
         for program in programs.values():
             program.close()
@@ -296,7 +296,7 @@ def compare(jobs: list[Job], schedule: dict[str, Any], rounds: int, python: str)
             "trained_per_second": statistics.median(n / s for n, s in zip(trained, seconds))
             if scheduled
             else None,
-            "peak_bytes": memory[job.name],
+            **memory[job.name],
             "rounds": rounds,
             "seconds": seconds,
             "loss": [step["loss"] for step in steps],
@@ -386,17 +386,25 @@ def print_result(result: dict[str, Any]) -> None:
         )
 
 
-def peer_versions(python: str) -> dict[str, str] | None:
-    """Versions of the peer and what it stands on, as another interpreter has them; None where it cannot be imported."""
-    names = ("trl", "transformers", "accelerate", "torch")
+PEER_NEEDS = ("trl", "transformers", "accelerate", "torch")
+
+
+def peer_versions(
+    python: str, names: Sequence[str] = PEER_NEEDS, optional: Sequence[str] = ()
+) -> dict[str, str] | None:
+    """Versions of the peer and what it stands on, as another interpreter has them, and of what is `optional` where it is
+    there; None where one of `names` cannot be imported."""
     program = (
-        f"import json, {', '.join(names)}; print(json.dumps([m.__version__ for m in ({', '.join(names)})]))"
+        "import importlib, importlib.util as u, json\n"
+        f"names = [*{list(names)!r}, *(n for n in {list(optional)!r} if u.find_spec(n))]\n"
+        "print(json.dumps({n: importlib.import_module(n).__version__ for n in names}))"
     )
     try:
         done = subprocess.run([python, "-c", program], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return dict(zip(names, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
-"""The programs that `sft.py` compares, each in a process of its own.
+"""The programs that `sft.py` and `finetune.py` compare, each in a process of its own.
 
-    python benchmarks/sft_programs.py JOB        (started by sft.py; JOB is JSON: `Job`)
+    python benchmarks/sft_programs.py JOB        (started by those; JOB is JSON: `Job`)
 
 A program fine-tunes the same model on the same conversations, one optimizer step for each line `step` that it reads, and
 answers with a line of JSON; `memory` asks for its peak, `end` ends it. The peer's half of this file imports nothing of ours, so
@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY, MAX_NORM = 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
+RANK, ALPHA = 16, 32
+"""Of an adapter, on every matrix of the blocks; without dropout."""
+QUANTIZATION_BLOCK = 64
 IGNORED = -100
 PATIENCE = 180
 """Seconds that one step may take, the first with everything that is made or compiled for it."""
@@ -34,12 +37,16 @@ class Job:
     program: str
     """`modelyard`, or a form of the peer's: one of `FORMS`."""
     folder: str
-    """With model/, tokenizer/, store/, talks.jsonl, talks.jinja and schedule.json, as `sft.py` makes them."""
+    """With model/, tokenizer/, store/, talks.jsonl, talks.jinja and schedule.json, as `sft.py` makes them; adapter/ from
+    `finetune.py`."""
     dtype: str = "float32"
     rows: int = 2
     sequence: int = 1024
     threads: int = 2
     compiled: bool = False
+    method: str = "full"
+    """What is trained: every weight (`full`), or the adapter in adapter/ over weights that keep their values (`lora`), or over
+    such in NF4 (`qlora`)."""
 
     @property
     def name(self) -> str:
@@ -111,8 +118,9 @@ def ours(job: Job) -> Iterator[Answer]:
     from modelyard.train.console import Console
     from modelyard.train.state import Run
 
+    imports_are_done()
     sys.stdout = sys.stderr
-    config = Path(job.folder) / f"train-{job.dtype}-{job.compiled}.yaml"
+    config = Path(job.folder) / f"{_run_name(job)}.yaml"
     config.write_text(json.dumps(train_config(job)), encoding="utf-8")
     loaded = load_config([config], kind="train")
     run = Run(loaded.train, loaded.architecture, force=False, console=Console())  # type: ignore[arg-type]
@@ -120,8 +128,21 @@ def ours(job: Job) -> Iterator[Answer]:
         yield {"loss": result.loss, "grad_norm": result.grad_norm, "trained": result.targets}
 
 
+def _run_name(job: Job) -> str:
+    return f"run-{job.method}-{job.dtype}-{job.compiled}"
+
+
 def train_config(job: Job) -> dict[str, Any]:
     """What a user would write for our half."""
+    adapted = job.method != "full"
+    peft = {
+        "type": "lora",
+        "rank": RANK,
+        "alpha": ALPHA,
+        "layers": ["all"],
+        "quantization": "nf4" if job.method == "qlora" else "none",
+        "quantization_block": QUANTIZATION_BLOCK,
+    }
     steps = len(json.loads((Path(job.folder) / "schedule.json").read_text())["steps"])
     return {
         "training": {"train_iters": steps, "compile": job.compiled, "checkpoint": {"interval": None}},
@@ -140,9 +161,16 @@ def train_config(job: Job) -> dict[str, Any]:
             "gradient_norm_clipping": MAX_NORM,
             "learning_rate": {"base": LEARNING_RATE},
         },
-        "pretrained": {"format": "llama", "path": f"{job.folder}/model"},
-        "model": {"distributed": {"training_dtype": job.dtype}},
-        "run": {"experiment_dir": f"{job.folder}/run-{job.dtype}-{job.compiled}"},
+        "pretrained": {
+            "format": "llama",
+            "path": f"{job.folder}/model",
+            **({"adapter": f"{job.folder}/adapter"} if adapted else {}),
+        },
+        "model": {
+            "distributed": {"training_dtype": job.dtype},
+            **({"base_model": {"transformer": {"peft": peft}}} if adapted else {}),
+        },
+        "run": {"experiment_dir": f"{job.folder}/{_run_name(job)}"},
     }
 
 
@@ -150,9 +178,14 @@ def theirs(job: Job, take: Callable[[Answer], None]) -> None:
     """TRL's `SFTTrainer`, which calls `take` after each step; how conversations come together is `FORMS[job.program]`."""
     import datasets
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
+    if job.method != "full":
+        import peft  # noqa: F401
+    if job.method == "qlora":
+        import bitsandbytes  # noqa: F401
+    imports_are_done()
     folder, form = Path(job.folder), FORMS[job.program]
     schedule = json.loads((folder / "schedule.json").read_text(encoding="utf-8"))
     divide = form.divide
@@ -178,7 +211,7 @@ def theirs(job: Job, take: Callable[[Answer], None]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     tokenizer.chat_template = (folder / "talks.jinja").read_text(encoding="utf-8")
     tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    model = their_model(job)
     records = [json.loads(line) for line in (folder / "talks.jsonl").open(encoding="utf-8")]
     arguments = SFTConfig(
         output_dir=str(folder / "theirs"),
@@ -216,7 +249,30 @@ def theirs(job: Job, take: Callable[[Answer], None]) -> None:
     )
     if divide is not None:
         refuse_other_tokens(trainer.train_dataset, schedule)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:  # over a quantized base TRL narrows the adapter to bf16, and nothing keeps it wide
+            parameter.data = parameter.data.float()
     trainer.train()
+
+
+def their_model(job: Job) -> Any:
+    """What the peer's users would train: with an adapter the base in the dtype that is computed in, the adapter in fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    if job.method == "full":
+        return AutoModelForCausalLM.from_pretrained(Path(job.folder) / "model", dtype=torch.float32)
+    from peft import PeftModel
+
+    dtype = getattr(torch, job.dtype)
+    options: dict[str, Any] = {"dtype": dtype}
+    if job.method == "qlora":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+        options["device_map"] = {"": "cpu"}
+    base = AutoModelForCausalLM.from_pretrained(Path(job.folder) / "model", **options)
+    return PeftModel.from_pretrained(base, Path(job.folder) / "adapter", is_trainable=True)
 
 
 def refuse_other_tokens(prepared: Any, schedule: dict[str, Any]) -> None:
@@ -237,6 +293,14 @@ def resident(field: str) -> int:
         return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), 0)
 
 
+_imports = [0]
+
+
+def imports_are_done() -> None:
+    """Take what is resident now for what the imports hold."""
+    _imports[0] = resident("VmRSS")
+
+
 def main() -> None:
     job = Job(**json.loads(sys.argv[1]))
     answers = os.fdopen(os.dup(1), "w")
@@ -249,7 +313,7 @@ def main() -> None:
     def listen() -> None:
         for line in sys.stdin:
             if line.strip() == "memory":
-                print(json.dumps({"peak_bytes": resident("VmHWM")}), file=answers, flush=True)
+                print(json.dumps({"peak_bytes": resident("VmHWM"), "imports_bytes": _imports[0]}), file=answers, flush=True)
             elif line.strip() == "step":
                 begin[0] = time.perf_counter()
                 return

@@ -1,4 +1,4 @@
-"""The verbs around what was trained: generate, chat, convert, average, report."""
+"""The verbs around what was trained: generate, chat, convert, merge, average, report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from modelyard.cli.arguments import Verb, dtype_name
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", type=Path, metavar="MODEL", help="Hugging Face folder, checkpoint, or experiment folder"
+        "model",
+        type=Path,
+        metavar="MODEL",
+        help="Hugging Face folder, checkpoint, experiment folder or adapter",
     )
     parser.add_argument(
         "--prompt",
@@ -56,6 +59,13 @@ def _sampling_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int)
         "--dtype", type=dtype_name, metavar="TYPE", help="fp32, bf16, fp16, fp64 (default: the weights' own)"
     )
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: the one beside the model")
+    _base_argument(parser)
+
+
+def _base_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base", type=Path, metavar="DIR", help="what an adapter adapts (default: the folder that it names)"
+    )
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -66,7 +76,10 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", type=Path, metavar="MODEL", help="Hugging Face folder, checkpoint, or experiment folder"
+        "model",
+        type=Path,
+        metavar="MODEL",
+        help="Hugging Face folder, checkpoint, experiment folder or adapter",
     )
     parser.add_argument(
         "--message",
@@ -111,23 +124,35 @@ def _chat(options: argparse.Namespace) -> int:
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", type=Path, metavar="SOURCE", help="checkpoint, experiment folder or Hugging Face folder"
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="checkpoint, experiment folder, Hugging Face folder or adapter",
     )
     parser.add_argument(
         "destination", type=Path, metavar="DESTINATION", help="folder to write; must not exist"
     )
     from modelyard.config.huggingface import FAMILIES
 
-    parser.add_argument("--format", choices=tuple(FAMILIES), help="family (default: as the source)")
+    parser.add_argument(
+        "--format",
+        choices=(*FAMILIES, "peft"),
+        help="family (default: as the source), or peft: of an adapter nothing but itself, as PEFT reads it",
+    )
     parser.add_argument(
         "--dtype",
         type=dtype_name,
         metavar="TYPE",
         help="fp32, bf16, fp16 (default: bf16; a Hugging Face folder's own)",
     )
+    _put_beside_arguments(parser)
+
+
+def _put_beside_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", type=Path, metavar="DIR", help="tokenizer to put beside (default: the source's)"
     )
+    _base_argument(parser)
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -136,6 +161,43 @@ def _convert(options: argparse.Namespace) -> int:
     return convert(
         options.source,
         options.destination,
+        family=options.format,
+        dtype=options.dtype,
+        tokenizer_folder=options.tokenizer,
+        base=options.base,
+    )
+
+
+def _merge_arguments(parser: argparse.ArgumentParser) -> None:
+    from modelyard.config.huggingface import FAMILIES
+
+    parser.add_argument(
+        "adapter", type=Path, metavar="ADAPTER", help="PEFT folder, checkpoint or experiment folder"
+    )
+    parser.add_argument(
+        "--to", type=Path, required=True, metavar="DIR", help="folder to write; must not exist"
+    )
+    parser.add_argument(
+        "--onto",
+        choices=("original", "dequantized"),
+        help="of an adapter that was trained on a quantised base: merge it into the base as it lies in its folder, or as the "
+        "adapter knew it",
+    )
+    parser.add_argument("--format", choices=tuple(FAMILIES), help="family (default: that of the base)")
+    parser.add_argument(
+        "--dtype", type=dtype_name, metavar="TYPE", help="fp32, bf16, fp16, fp64 (default: the base's own)"
+    )
+    _put_beside_arguments(parser)
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from modelyard.train.merge import merge
+
+    return merge(
+        options.adapter,
+        options.to,
+        base=options.base,
+        onto=options.onto,
         family=options.format,
         dtype=options.dtype,
         tokenizer_folder=options.tokenizer,
@@ -232,9 +294,25 @@ examples:
     ),
     "convert": Verb(
         "Write a folder that transformers loads.",
-        "example:\n  modelyard convert runs/a/checkpoint/1000 my-model --format llama",
+        """\
+An adapter is merged into its base, or, with --format peft, written as PEFT reads it.
+examples:
+  modelyard convert runs/a/checkpoint/1000 my-model --format llama
+  modelyard convert runs/lora my-adapter --format peft""",
         _convert_arguments,
         _convert,
+    ),
+    "merge": Verb(
+        "Merge an adapter into its base, as a folder that transformers loads.",
+        """\
+Computed in fp32, rounded once. The folder is opened again and its logits are compared with those of base and adapter, a
+block in memory at a time; where they differ nothing is written.
+examples:
+  modelyard merge runs/lora --to my-model
+  modelyard merge my-adapter --to my-model --base models/Llama-3.1-8B --dtype fp32
+  modelyard merge runs/qlora/checkpoint/1000 --to my-model --onto original""",
+        _merge_arguments,
+        _merge,
     ),
     "average": Verb(
         "Average the weights of checkpoints or models into a new checkpoint.",

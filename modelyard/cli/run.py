@@ -115,7 +115,13 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     config_arguments(parser)
     elastic_arguments(parser)
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="which (default: the newest of run.experiment_dir)"
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="which, or an adapter (default: the newest of run.experiment_dir)",
+    )
+    parser.add_argument(
+        "--base", type=Path, metavar="DIR", help="what an adapter adapts (default: the folder that it names)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON line an evaluator")
 
@@ -123,11 +129,12 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def _evaluate(options: argparse.Namespace) -> int:
     loaded, node = laid_out(options)
     if node is not None:
-        checkpoint = [] if options.checkpoint is None else ["--checkpoint", str(options.checkpoint)]
-        return start(node, "evaluate", options, *checkpoint, *["--json"] * options.json)
+        named = {"--checkpoint": options.checkpoint, "--base": options.base}
+        words = [word for option, path in named.items() if path is not None for word in (option, str(path))]
+        return start(node, "evaluate", options, *words, *["--json"] * options.json)
     from modelyard.train.evaluate import evaluate
 
-    return evaluate(loaded, checkpoint=options.checkpoint, as_json=options.json)
+    return evaluate(loaded, checkpoint=options.checkpoint, as_json=options.json, base=options.base)
 
 
 VERBS: dict[str, Verb] = {

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from modelyard.config.architecture import Architecture
+from modelyard.config.peft import adapter_of
 from modelyard.config.train import TrainConfig
 from modelyard.config.training import CheckpointConfig, ExportConfig
 
@@ -14,14 +15,21 @@ BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def checkpoint_bytes(config: TrainConfig, architecture: Architecture) -> int:
-    """One checkpoint: master weights and Adam's two moments."""
+    """One checkpoint: master weights and Adam's two moments; of an adapter that is trained alone, nothing else."""
     width = 8 if config.model.distributed.training_dtype == "float64" else 4
-    return 3 * width * architecture.parameter_count()
+    adapter = adapter_of(config.model.base_model.transformer.peft)
+    count = 0 if adapter is None else adapter.parameter_count(architecture)
+    if adapter is None or not adapter.freeze_others:
+        count += architecture.parameter_count()
+    return 3 * width * count
 
 
 def export_bytes(config: TrainConfig, architecture: Architecture) -> int:
-    """One Hugging Face folder."""
-    return BYTES[config.training.export.data_type] * architecture.parameter_count()
+    """One Hugging Face folder, or one of PEFT's."""
+    export, adapter = config.training.export, adapter_of(config.model.base_model.transformer.peft)
+    if adapter is not None and export.format == "peft":
+        return BYTES[export.data_type] * adapter.parameter_count(architecture)
+    return BYTES[export.data_type] * architecture.parameter_count()
 
 
 def saves(config: TrainConfig, section: CheckpointConfig | ExportConfig) -> tuple[int, int]:

@@ -137,7 +137,7 @@ def _model_processes(distributed: DistributedConfig) -> int:
 
 def shape_problems(config: TrainConfig, architecture: Architecture | None) -> list[Problem]:
     """Why the model and its rows cannot be split as the config says; what needs the model's shape is left out without it."""
-    problems = [*_row_problems(config), *_schedule_problems(config)]
+    problems = [*_row_problems(config), *_schedule_problems(config), *_offload_problems(config)]
     if architecture is not None:
         problems += [*_tensor_problems(config, architecture), *_layer_problems(config, architecture)]
     return problems
@@ -199,6 +199,16 @@ def _schedule_problems(config: TrainConfig) -> Iterator[Problem]:
             "training.compile",
             f"yes with pipeline_schedule {schedule}, which runs parts of the backward on their own, and compiled code "
             "cannot; write compile: no, or pipeline_schedule: interleaved or 1f1b",
+        )
+
+
+def _offload_problems(config: TrainConfig) -> Iterator[Problem]:
+    kept = config.model.multi_stage
+    if kept.offload_activations and kept.recompute != "full":
+        yield (
+            "model.multi_stage.offload_activations",
+            f"yes with recompute: {kept.recompute}, which keeps more of a block than its input, and only that is offloaded; "
+            "write recompute: full, or offload_activations: no",
         )
 
 

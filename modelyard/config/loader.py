@@ -23,6 +23,7 @@ from modelyard.config.newest import BATCH_SIZE, DIALECT
 from modelyard.config.prepare import PrepareConfig
 from modelyard.config.problems import explain, faulty_paths, shown
 from modelyard.config.reading import Kind, Reading, read_documents
+from modelyard.config.peft import peft_export_problem, peft_problems
 from modelyard.config.scales import scale_problems
 from modelyard.config.starting import BASE_MODEL, shape_is_absent, starting_point
 from modelyard.config.train import TrainConfig
@@ -163,7 +164,17 @@ def _checked(reading: Reading, problems: list[str], keep_problems: bool) -> Load
         for key, problem in factors:
             path = (*BASE_MODEL, *key.split("."))
             problems.append(f"{base.origin(path)}: {dotted(path)}: {problem}")
-        if pretrained is not None and config.pretrained is not None and config.pretrained.model_weights:
+        has_weights = config.pretrained is not None and config.pretrained.model_weights
+        tensor_parallel = config.model.distributed.tensor_parallel
+        for key, problem in peft_problems(
+            config.model.base_model.transformer.peft,
+            architecture,
+            tensor_parallel=tensor_parallel,
+            has_weights=has_weights,
+        ):
+            path = (*TRANSFORMER, "peft", key)
+            problems.append(f"{base.origin(path)}: {dotted(path)}: {problem}")
+        if pretrained is not None and has_weights:
             _check_weights_fit(architecture, pretrained, base, problems)
     if not faulty & {"model", "model.distributed", "batch", "training"}:
         for key, problem in shape_problems(config, architecture):
@@ -173,7 +184,7 @@ def _checked(reading: Reading, problems: list[str], keep_problems: bool) -> Load
                 without_effect.append(NoEffect(key, object, why))
     if not faulty & {"training", "data"}:
         _check_names(config, base, problems, warnings)
-    _check_types(config, base, problems)
+    without_effect += _scaler_without_effect(config, document)
     if problems and (faulty or not keep_problems):
         raise UserError(*dict.fromkeys(problems))
     warnings += _missing_data(config, base)
@@ -267,8 +278,12 @@ def _short_positions(architecture: Architecture | None, config: TrainConfig, doc
 def _check_export(
     config: TrainConfig, architecture: Architecture, document: Document, problems: list[str]
 ) -> None:
-    export = config.training.export
-    if export.format is not None and (reason := can_export(architecture, export.format)):
+    export, peft = config.training.export, config.model.base_model.transformer.peft
+    if export.format == "peft":
+        reason = peft_export_problem(peft)
+    else:
+        reason = None if export.format is None else can_export(architecture, export.format)
+    if reason:
         path = ("training", "export", "format")
         problems.append(f"{document.origin(path)}: {dotted(path)}: {reason}")
 
@@ -333,12 +348,12 @@ def _check_names(config: TrainConfig, document: Document, problems: list[str], w
             )
 
 
-def _check_types(config: TrainConfig, document: Document, problems: list[str]) -> None:
-    path = ("model", "distributed", "training_dtype")
-    if config.model.distributed.training_dtype == "float16":
-        problems.append(
-            f"{document.origin(path)}: {dotted(path)} = float16 is not supported (it needs a scaled loss); write bf16"
-        )
+def _scaler_without_effect(config: TrainConfig, document: Document) -> list[NoEffect]:
+    """The section of the gradient scaler, where it is written and the dtype needs none."""
+    key = "optimizer.gradient_scaler"
+    if config.model.distributed.training_dtype == "float16" or not document.has(tuple(key.split("."))):
+        return []
+    return [NoEffect(key, dict, "only training_dtype float16 needs a scaled loss")]
 
 
 def _silent_shape(config: TrainConfig, document: Document) -> dict[KeyPath, Any]:

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 from modelyard.config.architecture import Activation, Architecture, Rotary
 from modelyard.config.base import DataType, Section
 from modelyard.config.layout import Recompute, Schedule
+from modelyard.config.peft import PeftConfig
 
 Biases = Literal[
     "everywhere",
@@ -148,6 +149,13 @@ class TransformerConfig(Section):
     """The same for the feed-forward layers."""
     per_layer_lr_scale: list[NonNegative | None] | None = None
     """One factor for each block, norms included, on top of the two above; 0 freezes the block."""
+    peft: PeftConfig = Field(default_factory=PeftConfig)
+    """Low-rank adapters: small matrices that are trained beside those of the blocks, which keep their values."""
+
+    @field_validator("peft", mode="before")
+    @classmethod
+    def _left_empty(cls, value: Any) -> Any:
+        return {} if value is None else value
 
     @property
     def biases(self) -> tuple[bool, bool, bool]:
@@ -233,6 +241,9 @@ class MultiStageConfig(Section):
     recompute: Recompute = "none"
     """Activations that the backward computes again instead of keeping them: none, selective (all but matrix products and
     attention), full (whole blocks)."""
+    offload_activations: bool = False
+    """Whether what `recompute: full` keeps of each block, its input, is in the host's memory between forward and backward;
+    without a GPU it is there in any case."""
 
 
 class ModelConfig(Section):
@@ -262,6 +273,9 @@ class PretrainedConfig(Section):
     """Family that the folder must hold; auto: as its config.json says. A checkpoint must fit it."""
     model_weights: bool = True
     """Whether the weights are read; `no` takes the shape only."""
+    adapter: Path | None = None
+    """An adapter of that model to go on with: PEFT's folder, or a checkpoint; model.base_model.transformer.peft is then as it
+    says. Without peft to train, it is merged."""
     load_config: Literal["model", "none"] = "model"
     """`model`: the shape comes from the folder, keys given here override it; `none`: the shape is given here alone."""
 

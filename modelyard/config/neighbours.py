@@ -75,7 +75,6 @@ NO_EFFECT = (
     NoEffect("model.multi_stage.num_weight_buffers", int, "as num_grad_buffers"),
     NoEffect("model.multi_stage.full_precision_gradients", bool, "gradients are always summed in float32"),
     NoEffect(f"{_DISTRIBUTED}.reproducible_init", bool, "initial weights never depend on the layout"),
-    NoEffect("optimizer.gradient_scaler", dict, "only float16 needs a scaled loss"),
     NoEffect("run.experiment_name", str, "a label; the folder's name is the run's"),
     NoEffect("run.model_debug_level", int, "nothing is logged of the layers' inside"),
     NoEffect("run.structured_logs", bool, "metrics.jsonl is always written"),
@@ -163,14 +162,6 @@ NOT_BUILT = (
         "norm weights are stored as they are used; as they are not decayed, zero_centered: no trains the same model",
     ),
     NotBuilt(
-        f"{_TRANSFORMER}.peft.type", ("none",), "LoRA is not supported yet; remove peft to train all weights"
-    ),
-    NotBuilt(f"{_TRANSFORMER}.peft.rank", (8,), "LoRA is not supported yet"),
-    NotBuilt(f"{_TRANSFORMER}.peft.alpha", (8, 8.0), "LoRA is not supported yet"),
-    NotBuilt(f"{_TRANSFORMER}.peft.dropout", (0, 0.0), "LoRA is not supported yet"),
-    NotBuilt(f"{_TRANSFORMER}.peft.layers", (["query", "value"],), "LoRA is not supported yet"),
-    NotBuilt(f"{_TRANSFORMER}.peft.freeze_others", (True,), "LoRA is not supported yet"),
-    NotBuilt(
         "model.multi_stage.layers_per_stage",
         (1, 1.0),
         "layers are split over the stages by what they cost; model.distributed.stages_per_process says how many there are",
@@ -214,7 +205,6 @@ NOT_BUILT = (
 
 
 PURE_SECTIONS: tuple[KeyPath, ...] = (
-    ("model", "base_model", "transformer", "peft"),
     ("schedule",),
     ("reference_models",),
 )

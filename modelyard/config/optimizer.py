@@ -133,6 +133,31 @@ def _stage(text: str) -> Stage:
     return Stage(cast(StageShape, parts[0]), steps if steps > 0 else None, begin, end, power)
 
 
+class GradientScalerConfig(Section):
+    """The factor on the gradients while they are float16, whose range ends at 65504 and whose smallest numbers are coarse.
+
+    It is a factor on the loss of a token, which is a sum here until the step divides it by all tokens (elsewhere it is on the
+    mean over the batch, and so needs larger numbers). Only training_dtype float16 has one.
+    """
+
+    constant: float | None = Field(default=None, gt=0)
+    """A factor that never changes; null: it follows the gradients."""
+    initial: float = Field(default=64.0, gt=0)
+    """The factor to begin with."""
+    minimum: float = Field(default=1.0, gt=0)
+    """It is not lowered below this; overflows there count as skipped steps (training.max_skipped_steps)."""
+    window: int = Field(default=1000, gt=0)
+    """Steps without an overflow after which the factor is doubled."""
+    hysteresis: int = Field(default=2, gt=0)
+    """Overflows, since the factor was last doubled, with which it begins to be halved; each further one halves it again."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> GradientScalerConfig:
+        if self.minimum > self.initial:
+            raise ValueError(f"minimum {self.minimum:g} is above initial {self.initial:g}")
+        return self
+
+
 class OptimizerConfig(Section):
     """AdamW with decoupled weight decay; biases and norms are not decayed."""
 
@@ -150,3 +175,8 @@ class OptimizerConfig(Section):
     """Largest norm of the whole gradient; larger ones are scaled down to it; 0 switches clipping off."""
     default_learning_rate_scale: float | None = Field(default=None, ge=0)
     """Factor on the learning rate of parameters that have no *_lr_scale of their own; 0 freezes them; null: 1."""
+    state: Literal["float32", "8bit"] = "float32"
+    """How the two moments of each parameter are kept in memory: 8bit takes a quarter, see docs/memory.md. Checkpoints do not
+    differ."""
+    gradient_scaler: GradientScalerConfig = Field(default_factory=GradientScalerConfig)
+    """For training_dtype float16: the factor that keeps gradients within its range."""

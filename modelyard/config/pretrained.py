@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from modelyard.config.adapter_files import is_peft_folder
 from modelyard.config.architecture import Architecture, architecture_from
 from modelyard.config.huggingface import FAMILIES, can_export, read_architecture, read_config, weight_problems
 from modelyard.errors import UserError
@@ -18,7 +19,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 def has_shape(folder: Path) -> bool:
     """Whether something in `folder` says what shape a model has, or should."""
-    return is_checkpoint(folder) or (folder / "config.json").exists()
+    return is_checkpoint(folder) or (folder / "config.json").exists() or is_peft_folder(folder)
 
 
 def read_shape(folder: Path) -> tuple[Architecture, str]:
@@ -30,6 +31,10 @@ def read_shape(folder: Path) -> tuple[Architecture, str]:
     if is_checkpoint(folder):
         architecture = _stored_architecture(folder / "state.json")
         return architecture, natural_family(architecture)
+    if is_peft_folder(folder):
+        raise UserError(
+            f"{folder} is an adapter; write it as pretrained.adapter, and the model that it adapts as pretrained.path"
+        )
     if "modelyard_version" in read_config(folder):
         found = numbered_folders(folder / "checkpoint")
         which = f"; name one of its checkpoints: {found[-1]}" if found else ", and it has no checkpoint yet"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from modelyard.config.adapter import is_adapter_parameter
 from modelyard.config.architecture import Architecture
 from modelyard.config.model import BaseModelConfig
+from modelyard.config.peft import adapter_of
 
 
 def rate_scales(model: BaseModelConfig, architecture: Architecture, default: float = 1.0) -> dict[str, float]:
     """The factor on the learning rate of each logical parameter; 0 where it is frozen.
 
     A block's own factor and that of the kind of layer in it multiply; `default` (optimizer.default_learning_rate_scale)
-    holds where neither is given. Norms have their block's factor, the final norm the default.
+    holds where neither is given. Norms have their block's factor, the final norm the default. Beside adapters that alone are
+    trained everything else is frozen.
     """
     transformer = model.transformer
     of_kind = {
@@ -22,7 +25,12 @@ def rate_scales(model: BaseModelConfig, architecture: Architecture, default: flo
     }
     of_layer = transformer.per_layer_lr_scale or []
     scales = {}
-    for name in architecture.parameter_shapes():
+    adapter = adapter_of(transformer.peft)
+    shapes = architecture.parameter_shapes() | (adapter.shapes(architecture) if adapter else {})
+    for name in shapes:
+        if adapter is not None and adapter.freeze_others and not is_adapter_parameter(name):
+            scales[name] = 0.0
+            continue
         parts = name.split(".")
         inside = parts[0] == "layers"
         given = [of_kind.get(parts[2] if inside else parts[0])]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from modelyard.config.adapter import LAYERS, MODULES
+from modelyard.config.adapter_files import origin_of, peft_section, stored_adapter
 from modelyard.config.architecture import Architecture
-from modelyard.config.document import Document, KeyPath
+from modelyard.config.document import Document, KeyPath, dotted
 from modelyard.config.huggingface import FAMILIES, can_export
 from modelyard.config.model import base_model_of
 from modelyard.config.presets import preset
@@ -13,6 +15,7 @@ from modelyard.config.pretrained import has_shape, is_checkpoint, read_shape
 from modelyard.errors import UserError, missing_path
 
 BASE_MODEL: KeyPath = ("model", "base_model")
+PEFT: KeyPath = (*BASE_MODEL, "transformer", "peft")
 
 
 def shape_is_absent(document: Document, base: Document) -> bool:
@@ -24,6 +27,16 @@ def starting_point(
     document: Document, problems: list[str]
 ) -> tuple[Document, Architecture | None, list[str]]:
     """Preset and pretrained model as a document to merge the user's over; the pretrained shape; warnings."""
+    base, architecture, warnings = _starting_model(document, problems)
+    if isinstance(adapter := document.get(("pretrained", "adapter")), str):
+        gated = architecture is None or architecture.gated
+        warnings += _read_adapter(Path(adapter).expanduser(), gated, document, base, problems)
+    return base, architecture, warnings
+
+
+def _starting_model(
+    document: Document, problems: list[str]
+) -> tuple[Document, Architecture | None, list[str]]:
     base = Document({}, {}, document.name)
     warnings: list[str] = []
     name, path = document.get(("model", "preset")), document.get(("pretrained", "path"))
@@ -70,6 +83,54 @@ def starting_point(
     )
     base.merge(from_folder)
     return base, architecture, warnings
+
+
+def _read_adapter(
+    folder: Path, gated: bool, document: Document, base: Document, problems: list[str]
+) -> list[str]:
+    """Write what the adapter to go on with is like over `base`, and refuse what the user has otherwise; warnings."""
+    origin = document.origin(("pretrained", "adapter"))
+    if not folder.is_dir():
+        return [f"{origin}: pretrained.adapter: {missing_path(folder)}"]
+    try:
+        stored = stored_adapter(folder)
+        if stored is None:
+            raise UserError(
+                f"{folder} holds no adapter: neither adapter_config.json nor a checkpoint of a run that trained one"
+            )
+        if not stored.adapter.freeze_others:
+            raise UserError(
+                f"{folder} has its base inside, which was trained with it; write pretrained.path: {folder} alone"
+            )
+        section = peft_section(stored, gated=gated)
+    except UserError as error:
+        problems += [f"{origin}: pretrained.adapter: {problem}" for problem in error.problems]
+        return []
+    base.put(PEFT, section, origin_of(stored))
+    if document.get((*PEFT, "type"), "lora") != "lora":
+        return []
+    for key in ("rank", "alpha", "layers", "rank_stabilized", "dora"):
+        wanted = document.get((*PEFT, key), section[key])
+        if wanted != section[key] and not (key == "layers" and _same_layers(wanted, section[key])):
+            value = ", ".join(section[key]) if key == "layers" else section[key]
+            problems.append(
+                f"{document.origin((*PEFT, key))}: {dotted((*PEFT, key))} is another than that of pretrained.adapter "
+                f"{folder} ({value}); leave it out"
+            )
+    return []
+
+
+def _same_layers(one: object, other: list[str]) -> bool:
+    def modules(words: list[str]) -> set[str]:
+        return {
+            module for word in words for module in (MODULES if word == "all" else LAYERS.get(word, (word,)))
+        }
+
+    return (
+        isinstance(one, list)
+        and all(isinstance(word, str) for word in one)
+        and modules(one) == modules(other)
+    )
 
 
 def known_start(document: Document) -> Document | None:

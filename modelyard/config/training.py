@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from modelyard.config.base import DataType, Section
 from modelyard.files import Retention
 
-ExportFormat = Literal["llama", "qwen2", "mistral", "starcoder2"]
+ExportFormat = Literal["llama", "qwen2", "mistral", "starcoder2", "peft"]
 OnError = Literal["stop", "continue"]
 
 
@@ -237,7 +237,8 @@ class ExportConfig(KeptConfig):
     on_error: OnError = "stop"
     """What an export that fails (a full disk) does: stop the run, or continue without it."""
     format: ExportFormat | None = None
-    """Family of the folder: which of transformers' models reads it. Required with an interval."""
+    """Family of the folder: which of transformers' models reads it; an adapter is merged into its base. Or peft: of an adapter
+    nothing but itself, as PEFT reads it. Required with an interval."""
     data_type: DataType = "bfloat16"
     """Type of the exported weights."""
 

@@ -40,7 +40,9 @@ def chat_command(options: argparse.Namespace) -> int:
     """Answer the messages of the command line, or talk until the user leaves. Returns the exit status."""
     sampling = sampling_options(options)
     tools, functions = _read_tools(options.tools)
-    decoder, folder = load_model(options.model, tokenizer=options.tokenizer, dtype=options.dtype)
+    decoder, folder = load_model(
+        options.model, tokenizer=options.tokenizer, dtype=options.dtype, base=options.base
+    )
     tokenizer = load_tokenizer(folder)
     model = ChatModel(decoder, tokenizer, _family(tokenizer, options.family))
     if options.run_python and functions is None and not isinstance(model.family, Llama3):

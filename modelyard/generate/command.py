@@ -13,7 +13,8 @@ from modelyard.generate.text import Generator
 from modelyard.model.decoder import Decoder
 from modelyard.model.formats import load_decoder
 from modelyard.train.build import compute_device
-from modelyard.train.export import named_tokenizer, open_model
+from modelyard.train.export import named_tokenizer
+from modelyard.train.models_on_disk import open_model
 from modelyard.train.weights import DTYPES
 
 
@@ -25,7 +26,9 @@ def generate_command(options: argparse.Namespace) -> int:
             "no prompt: give --prompt TEXT or --prompt-file FILE (an empty text starts from nothing)"
         )
     sampling = sampling_options(options)
-    decoder, tokenizer_folder = load_model(options.model, tokenizer=options.tokenizer, dtype=options.dtype)
+    decoder, tokenizer_folder = load_model(
+        options.model, tokenizer=options.tokenizer, dtype=options.dtype, base=options.base
+    )
     generator = Generator(decoder, tokenizer_folder)
     limit = decoder.architecture.max_position_embeddings
     longest = max(len(generator.encode(prompt)) for prompt in prompts) + options.max_new_tokens
@@ -58,13 +61,16 @@ def sampling_options(options: argparse.Namespace) -> SamplingOptions:
     )
 
 
-def load_model(path: Path, *, tokenizer: Path | None, dtype: str | None) -> tuple[Decoder, Path]:
+def load_model(
+    path: Path, *, tokenizer: Path | None, dtype: str | None, base: Path | None
+) -> tuple[Decoder, Path]:
     """A model on disk in whatever form, ready to generate, and the folder of its tokenizer, or the one that is named.
 
-    `dtype` None: the weights' own. Raises UserError where there is no model, or no tokenizer.
+    `dtype` None: the weights' own. `base`: what an adapter adapts, where it is not at the place that it names. Raises
+    UserError where there is no model, or no tokenizer.
     """
     named = named_tokenizer(tokenizer)
-    model = open_model(path)
+    model = open_model(path, base=base)
     folder = named or model.tokenizer_folder
     if folder is None:
         raise UserError(f"{path} has no tokenizer beside it; name one with --tokenizer DIR")

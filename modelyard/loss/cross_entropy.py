@@ -30,6 +30,7 @@ def linear_cross_entropy(
     implementation: str = "auto",
     z_loss: float = 0.0,
     logits_scale: float = 1.0,
+    gradient_scale: float = 1.0,
     vocabulary: Vocabulary | None = None,
     weight_gradient_to: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
@@ -39,13 +40,18 @@ def linear_cross_entropy(
     hidden [tokens, hidden], weight [vocabulary, hidden], labels int64 [tokens]. Gradients of hidden and weight have
     their dtypes; the weight's is summed in fp32 or wider first. `fused` frees its gradients in the backward, which
     can therefore run once. `auto` is `fused`: the faster one at every size measured, and the smaller.
+    Gradients are those of `gradient_scale` times the loss that is returned. The factor comes in while they are wide: in fp16
+    most of the logits' gradients are too small for the dtype without it, and a factor on the loss would come too late.
     With a `vocabulary` the weight is this process's part of the head. The loss is that of all words, the same on each of
     the processes; the gradient of hidden is what this part gives, and theirs are to be summed.
     `weight_gradient_to` is given the weight's gradient as `fused` summed it, in fp32 or wider, during the backward;
     autograd, which would narrow it to the weight's dtype, then sees none. `torch` has no such sum and ignores it.
     """
     if implementation == "torch":
-        return _losses(_wide_logits(hidden, weight, logits_scale), labels, z_loss, vocabulary).sum()
+        loss = _losses(_wide_logits(hidden, weight, logits_scale), labels, z_loss, vocabulary).sum()
+        if gradient_scale != 1.0 and loss.requires_grad:
+            loss.register_hook(lambda gradient: gradient * gradient_scale)
+        return loss
     if implementation not in ("auto", "fused"):
         raise ValueError(f"unknown cross-entropy implementation {implementation!r}")
     with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
@@ -53,7 +59,9 @@ def linear_cross_entropy(
         return token_scores(
             hidden, weight, labels, z_loss=z_loss, logits_scale=logits_scale, vocabulary=vocabulary
         ).losses.sum()
-    return _Fused.apply(hidden, weight, labels, z_loss, logits_scale, vocabulary, weight_gradient_to)
+    return _Fused.apply(
+        hidden, weight, labels, z_loss, logits_scale, gradient_scale, vocabulary, weight_gradient_to
+    )
 
 
 class TokenScores(NamedTuple):
@@ -206,6 +214,7 @@ def _exponentials(
     target: Tensor,
     coefficient: Tensor,
     logits_scale: float,
+    gradient_scale: float,
     z_loss: float,
     vocabulary: Vocabulary | None,
 ) -> Tensor:
@@ -229,9 +238,11 @@ def _exponentials(
     if z_loss:
         losses += z_loss * lse.square()
         coefficient.mul_(lse.mul_(2 * z_loss).add_(1))
-    # coefficient * exponentials - one_hot = coefficient * (exponentials - one_hot / coefficient)
+    if gradient_scale != 1.0:
+        coefficient.mul_(gradient_scale)
+    # With the scale s in both: coefficient * exponentials - s * one_hot = coefficient * (exponentials - s * one_hot / coefficient)
     is_narrow = logits.dtype != coefficient.dtype
-    label = torch.full_like(coefficient, -1) if is_narrow else -1 / coefficient
+    label = torch.full_like(coefficient, -gradient_scale) if is_narrow else -gradient_scale / coefficient
     label = label if own is None else label.where(own, 0.0)
     if is_narrow:
         logits.copy_(exponentials.mul_(coefficient).scatter_add_(-1, target, label))
@@ -264,6 +275,7 @@ class _Fused(torch.autograd.Function):
         labels: Tensor,
         z_loss: float,
         logits_scale: float,
+        gradient_scale: float,
         vocabulary: Vocabulary | None,
         weight_gradient_to: Callable[[Tensor], None] | None,
     ) -> Tensor:
@@ -287,7 +299,13 @@ class _Fused(torch.autograd.Function):
             for first in range(0, len(chunk), block):
                 part = slice(first, first + block)
                 losses[begin : begin + step][part] = _exponentials(
-                    logits[part], target[part], coefficient[part], logits_scale, z_loss, vocabulary
+                    logits[part],
+                    target[part],
+                    coefficient[part],
+                    logits_scale,
+                    gradient_scale,
+                    z_loss,
+                    vocabulary,
                 )
             # d loss / d logits = coefficient * what the block holds now. In fp32 the factor goes to the narrow side of
             # both products, sparing a pass over the vocabulary; a narrow dtype needs that pass for its cast anyway
@@ -330,4 +348,4 @@ class _Fused(torch.autograd.Function):
             weight_gradient = None
         elif weight_gradient is not None:
             weight_gradient = weight_gradient.to(ctx.weight_dtype)
-        return x_gradient, weight_gradient, None, None, None, None, None
+        return x_gradient, weight_gradient, None, None, None, None, None, None

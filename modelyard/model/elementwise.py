@@ -42,11 +42,13 @@ class _RMSNorm(torch.autograd.Function):
         product = gradient * x_wide
         # Both reductions read the one product: over features for x, over tokens for the weight.
         along = torch.mv(product.flatten(0, -2), weight_wide).view_as(inverse)
-        weight_gradient = torch.mv(product.flatten(0, -2).t(), inverse.flatten())
+        weight_gradient = None
+        if ctx.needs_input_grad[1]:  # not where the weight is frozen
+            weight_gradient = torch.mv(product.flatten(0, -2).t(), inverse.flatten()).to(weight.dtype)
         scale = inverse.pow(3).mul_(along).div_(x.shape[-1])
         x_gradient = torch.mul(gradient, weight_wide, out=product).mul_(inverse)
         x_gradient.addcmul_(x_wide, scale, value=-1)
-        return x_gradient.to(x.dtype), weight_gradient.to(weight.dtype), None
+        return x_gradient.to(x.dtype), weight_gradient, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -99,6 +99,26 @@ def initial_tensor(
     return tensor if lowest is None and highest is None else tensor.clamp_(lowest, highest)
 
 
+class DrawnWeights:
+    """Initial weights as a source of weights (`modelyard.model.formats.source`): each is drawn when it is asked for."""
+
+    def __init__(self, architecture: Architecture, std: InitStd, seed: int, device: torch.device):
+        """The numbers are drawn on `device`."""
+        self._shapes, self._std, self._seed, self._device = architecture.parameter_shapes(), std, seed, device
+
+    def names(self) -> list[str]:
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+    def load(self, name: str) -> Tensor:
+        return initial_tensor(name, self._shapes[name], self._std, seed=self._seed, device=self._device)
+
+
 @torch.no_grad()
 def initialize(
     model: nn.Module,

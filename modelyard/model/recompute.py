@@ -5,7 +5,7 @@ of keys, f the width of the feed-forward (Llama's block; some numbers of a token
 
     none        4h + 2q + 2k + 3f    the residual stream twice, both norms, q, k, v, attention, gate, up, their product
     selective   2h + 2q + 2k + 2f    without the norms and the product: what matrix products and attention gave remains
-    full        h                    the block's input
+    full        h                    the block's input; with an `Offload` nothing (`modelyard.model.offload`)
 
 `full` runs each block's forward again in the backward, attention and the exchanges between processes included: a third
 more work. `selective` only runs again what is bound by memory (`cheap`), and costs next to nothing; where processes share
@@ -24,8 +24,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from modelyard.model.offload import Away, Inputs, Offload
 
 if TYPE_CHECKING:
     from modelyard.config.layout import Recompute
@@ -35,15 +37,23 @@ if TYPE_CHECKING:
 BlockForward = Callable[..., Tensor]
 
 
-def recompute_blocks(model: Decoder, mode: Recompute) -> None:
+def recompute_blocks(model: Decoder, mode: Recompute, offload: Offload | None = None) -> None:
     """Have each block of `model` keep as little for the backward as `mode` says; nothing changes without gradients.
 
-    Blocks are changed by instance, under the hooks that others put on them, and parameters keep their names. Called before
-    `compile_blocks`: a compiler that is told nothing keeps what eager blocks do. Raises ValueError for a mode there is not.
+    With `offload` the input that `full` keeps of a block is in the host's memory meanwhile. Blocks are changed by instance,
+    under the hooks that others put on them, and parameters keep their names. Called before `compile_blocks`: a compiler that
+    is told nothing keeps what eager blocks do. Raises ValueError for a mode there is not, or that has nothing to offload.
     """
     wrappers = {"none": None, "selective": _selective, "full": _full}
     if mode not in wrappers:
         raise ValueError(f"unknown recomputation {mode!r} (there are: {', '.join(wrappers)})")
+    if offload is not None:
+        if mode != "full":
+            raise ValueError(
+                f"with recomputation {mode!r} more than the inputs of blocks is kept: offload none"
+            )
+        _offload_inputs(model, offload)
+        return
     if wrapper := wrappers[mode]:
         for block in model.layers.values():
             block.forward = wrapper(block.forward)
@@ -58,6 +68,37 @@ def _full(forward: BlockForward) -> BlockForward:
             return forward(x, context, cache)
         # No randomness in a block: there is no generator to put back.
         return checkpoint(forward, x, context, use_reentrant=False, preserve_rng_state=False)
+
+    return again
+
+
+def _offload_inputs(model: Decoder, offload: Offload) -> None:
+    blocks, inputs = list(model.layers.values()), Inputs(offload)
+    for block in blocks:
+        if model.is_last and block is blocks[-1]:
+            # The head comes next, and then this block's backward: its input would come back as soon as it had gone.
+            block.forward = _full(block.forward)
+        else:
+            block.forward = _full_offloaded(block, block.forward, inputs, is_first=block is blocks[0])
+
+
+def _full_offloaded(
+    block: nn.Module, forward: BlockForward, inputs: Inputs, *, is_first: bool
+) -> BlockForward:
+    def from_away(away: Away, context: Context) -> Tensor:
+        return forward(away.take(), context)
+
+    def again(x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        if cache is not None or not torch.is_grad_enabled():
+            return forward(x, context, cache)
+        if is_first:
+            inputs.begin()
+        if not (x.requires_grad or any(p.requires_grad for p in block.parameters())):
+            return forward(x, context)  # there is no backward to come
+        away = inputs.away(x)
+        y: Tensor = checkpoint(from_away, away, context, use_reentrant=False, preserve_rng_state=False)
+        away.leave()
+        return y
 
     return again
 

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modelyard.config.adapter import Adapter
 from modelyard.config.architecture import Architecture
 from modelyard.config.layout import Recompute
 from modelyard.data.batch import Batch
+from modelyard.model.adapter import adapt, is_quantized_part
 from modelyard.model.compile import compile_blocks
 from modelyard.model.decoder import Decoder
+from modelyard.model.offload import offload_on
 from modelyard.model.recompute import recompute_blocks
 from modelyard.parallel.context import apply_context, split
 from modelyard.parallel.data import ShardedWeights, apply_data, units_of, write_shard
@@ -25,7 +28,7 @@ from modelyard.parallel.stages import split_layers, stages_of
 from modelyard.parallel.tensor import apply_tensor
 from modelyard.parallel.torch_private import full_tensor, part_like
 from modelyard.train.step import Pipeline
-from modelyard.train.weights import Weights
+from modelyard.train.weights import Weights, set_dtypes
 
 Write = Callable[[Tensor, Tensor], None]
 """(parameter, full tensor): put this process's part of it into the parameter."""
@@ -88,24 +91,35 @@ def parallelize(
     *,
     compute_dtype: torch.dtype,
     recompute: Recompute,
+    offload_activations: bool = False,
     compile: bool,
     sequence_length: int,
     fill: Fill,
     frozen: frozenset[str] = frozenset(),
+    adapter: Adapter | None = None,
 ) -> Parallel:
-    """Build the model in its layout, `fill` each part's parameters (masters, in fp32 or fp64), freeze those named."""
+    """Build the model in its layout, `fill` each part's parameters (masters, in fp32 or fp64), freeze those named.
+
+    With an `adapter` that alone is trained, what is frozen has no masters: it is filled in the compute dtype.
+    """
     layout = mesh.layout
+    offload = offload_on(mesh.device) if offload_activations else None
     with torch.device("meta"):
         parts = parts_of(architecture, mesh, sequence_length)
         models = [Decoder(architecture, layers=layers) for layers in parts]
     for model in models:
+        if adapter is not None:
+            adapt(model, adapter, compute_dtype)
         apply_tensor(model, mesh)
         apply_context(model, mesh)
-        recompute_blocks(model, recompute)
+        recompute_blocks(model, recompute, offload)
         if compile:
             compile_blocks(model)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name not in frozen)
+            parameter.requires_grad_(name not in frozen and not is_quantized_part(name))
+        has_no_master = adapter is not None and adapter.freeze_others
+        narrow = {n for n, p in model.named_parameters() if has_no_master and not p.requires_grad}
+        set_dtypes(model, compute_dtype, narrow)
         if mesh.is_distributed:
             apply_data(model, mesh, compute_dtype=compute_dtype)
         model.to_empty(device="cpu" if layout.offload else mesh.device)

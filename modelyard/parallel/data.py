@@ -24,10 +24,11 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Replicate
 
+from modelyard.config.adapter import is_adapter_parameter
 from modelyard.model.decoder import Decoder
 from modelyard.parallel.mesh import Mesh
 from modelyard.parallel.torch_private import finish_backward, local_slice, local_tensor
-from modelyard.train.weights import require_gradients
+from modelyard.train.weights import master_dtype, require_gradients
 
 EMBEDDING = "embed_tokens.weight"
 # What the decoder returns is a view, and nothing writes into it.
@@ -36,8 +37,7 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
 
 def apply_data(model: Decoder, mesh: Mesh, *, compute_dtype: torch.dtype) -> None:
     """Shard the parameters (on the meta device still) over the processes that keep one set of weights."""
-    master = torch.float64 if compute_dtype == torch.float64 else torch.float32
-    model.to(master)
+    master = master_dtype(compute_dtype)
     stage = mesh.layout.zero_stage
     policy = MixedPrecisionPolicy(
         param_dtype=None if compute_dtype == master else compute_dtype,
@@ -184,26 +184,32 @@ class ShardedWeights:
             own.copy_(sent + received)
 
     def finish_gradients(self) -> None:
-        """Give the masters their gradients, once a step, after its last backward. With sequence parallelism that is an
-        all-reduce over tensor. Raises RuntimeError where a trained parameter has none."""
+        """Give the masters their gradients, once a step, after its last backward. With sequence parallelism or adapters that
+        is an all-reduce over tensor. Raises RuntimeError where a trained parameter has none."""
         for name, sharded in self.sharded.items():
             if sharded.grad is not None:
                 self.master[name].grad = local_tensor(sharded.grad)
         require_gradients((name, p) for name, p in self.master.items() if p.requires_grad)
-        self._sum_over_tokens()
+        self._sum_over_tensor()
 
     def gradients(self) -> list[Tensor]:
         """The master gradients of this process's shards that exist, in the order of the parameters."""
         return [p.grad for p in self.master.values() if p.grad is not None]
 
     @torch.no_grad()
-    def _sum_over_tokens(self) -> None:
-        """With sequence parallelism: sum the gradients of norms and the like, which each tensor-parallel process has of its
-        own tokens. One all-reduce a step, of the shards, in the masters' dtype; FSDP would have made one for each
-        parameter and micro-batch, in the dtype of the computation."""
-        if not self._mesh.layout.sequence_parallel or self._mesh.size("tensor") == 1:
+    def _sum_over_tensor(self) -> None:
+        """Sum the gradients of what tensor-parallel processes have alike and each has only a summand of: of adapters, from
+        its own part of the matrix; with sequence parallelism of norms and the like, too, from its own tokens. One
+        all-reduce a step, of the shards, in the masters' dtype; FSDP would have made one for each parameter and
+        micro-batch, in the dtype of the computation."""
+        if self._mesh.size("tensor") == 1:
             return
-        parts = [self.master[name].grad for name, p in self.sharded.items() if _same_on_tensor_ranks(p)]
+        of_tokens = self._mesh.layout.sequence_parallel
+        parts = [
+            self.master[name].grad
+            for name, p in self.sharded.items()
+            if _same_on_tensor_ranks(p) and (of_tokens or is_adapter_parameter(name))
+        ]
         gradients = [part for part in parts if part is not None and part.numel()]
         if not gradients:
             return

@@ -17,7 +17,12 @@ What is communicated, over `mesh["tensor"]`, for each micro-batch; always [token
 
 The loss exchanges three numbers a token instead of logits (`modelyard.loss.vocabulary`). With `sequence_parallel` the
 gradients of what is the same on all processes come from each one's own tokens: one all-reduce of them all a step
-(`ShardedWeights.gradients`); without, they are complete.
+(`ShardedWeights.finish_gradients`); without, they are complete.
+
+Of an adapter B is cut where its matrix is cut by rows, A where that is cut by columns, and the other one is the same on all
+processes; what B gives is part of the summand of o or down. Nothing is added to the table, but for DoRA's lengths of rows
+of o and down, [out] an all-reduce each. The gradient of what is the same comes from each one's own part of the matrix: it
+is in the all-reduce of the step, with `sequence_parallel` or without.
 """
 
 from __future__ import annotations
@@ -33,6 +38,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from modelyard.loss.vocabulary import find
+from modelyard.model.adapter import AdaptedLinear
 from modelyard.model.cache import KeyValueCache
 from modelyard.model.decoder import Decoder, LayerNorm, RMSNorm, local
 from modelyard.parallel.collectives import copy_to_all, gather_tokens, group_of, scatter_sum, sum_of_all
@@ -81,8 +87,9 @@ def placement_of(module: str, parameter: str) -> Placement:
     """How the parameter of a module (by its name) lies on the tensor-parallel processes."""
     kind = module.rpartition(".")[2]
     if kind in BY_ROWS or kind in BY_WORDS:
-        return Shard(0)
-    return Shard(1) if kind in BY_COLUMNS and parameter == "weight" else Replicate()
+        return Replicate() if parameter == "lora_A" else Shard(0)
+    by_columns = ("weight", "weight_codes", "weight_scales", "lora_A")
+    return Shard(1) if kind in BY_COLUMNS and parameter in by_columns else Replicate()
 
 
 def _split_parameters(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
@@ -134,6 +141,10 @@ class _Stream:
         """What each process's part of a matrix gives for all tokens, summed into the stream."""
         return scatter_sum(summand, self.group) if self.is_split else sum_of_all(summand, self.group)
 
+    def total(self, summand: Tensor) -> Tensor:
+        """What each process has a summand of, whatever it is; no gradient goes through."""
+        return sum_of_all(summand, self.group)
+
     def own(self, tokens: Tensor) -> Tensor:
         """The tokens of the stream that are here, of what all processes have alike."""
         return tokens.chunk(self.group.size)[self.place] if self.is_split else tokens
@@ -152,6 +163,18 @@ class _ByColumns(nn.Linear):
         """This process's features x [tokens, in / P] -> [tokens of the stream, out]."""
         total = self.stream.summed(F.linear(x, local(self.weight)))
         return total if self.bias is None else total + local(self.bias)  # once, not with each summand
+
+
+class _AdaptedByColumns(AdaptedLinear):
+    stream: _Stream
+
+    def forward(self, x: Tensor) -> Tensor:
+        """This process's features x [tokens, in / P] -> [tokens of the stream, out]."""
+        total = self.stream.summed(self.product(x))
+        return total if self.bias is None else total + local(self.bias)
+
+    def summed_squares(self, squares: Tensor) -> Tensor:
+        return self.stream.total(squares)
 
 
 class _WordEmbedding(nn.Embedding):
@@ -193,6 +216,10 @@ class _GatheredLayerNorm(LayerNorm):
 
 def _kind_of(name: str, module: nn.Module) -> type[nn.Module] | None:
     """What a module becomes; None where it stays."""
+    if isinstance(
+        module, AdaptedLinear
+    ):  # by rows nothing is exchanged, and it takes its parameters as they are here
+        return _AdaptedByColumns if name.rpartition(".")[2] in BY_COLUMNS else AdaptedLinear
     kinds: dict[str, type[nn.Module]] = {
         **dict.fromkeys(BY_ROWS, _ByRows),
         **dict.fromkeys(BY_COLUMNS, _ByColumns),

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from modelyard.config.architecture import Architecture
+from modelyard.config.disk import size
 from modelyard.config.layout import Layout, listed
 from modelyard.config.train import TrainConfig
 from modelyard.parallel.stages import split_layers, stages_of
 
 Rows = list[tuple[str, str]]
 
+_WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+"""Bytes of a number."""
 _RECOMPUTED = {
     "selective": "in the backward, all activations but those of matrix products and attention",
     "full": "in the backward, every block from its input on",
@@ -39,6 +42,8 @@ def layout_rows(
         rows.append(("in host memory", "master weights, gradients and optimizer state"))
     if config.model.multi_stage.recompute != "none":
         rows.append(("computed again", _RECOMPUTED[config.model.multi_stage.recompute]))
+    if config.model.multi_stage.offload_activations:
+        rows.append(("offloaded", _offloaded(config, architecture, layout)))
     return rows
 
 
@@ -84,6 +89,24 @@ def _pipeline(layout: Layout) -> str:
         else ""
     )
     return f"{layout.pipeline} share the layers{each}, as {layout.schedule} has it"
+
+
+def _offloaded(config: TrainConfig, architecture: Architecture | None, layout: Layout) -> str:
+    text = "from a GPU, every block's input, to the host's memory until the backward"
+    if architecture is None:
+        return text
+    stages = split_layers(architecture, layout.stages, config.batch.sequence_length)
+    # The last block of all keeps its own.
+    each = [len(layers) - (layers.stop == architecture.num_layers) for layers in stages]
+    most = max(sum(each[s] for s in stages_of(place, layout)) for place in range(layout.pipeline))
+    tokens = config.batch.micro_rows(layout.data) * config.batch.sequence_length // layout.context
+    if layout.sequence_parallel:
+        tokens //= layout.tensor
+    width = _WIDTHS[config.model.distributed.training_dtype]
+    if architecture.full_precision_residual:
+        width = max(width, 4)
+    there = size(most * tokens * architecture.hidden_size * width)
+    return f"{text}: {there} a process for each micro-batch on its way; on a CPU nothing changes"
 
 
 def _stages(config: TrainConfig, architecture: Architecture, layout: Layout) -> Rows:

@@ -129,7 +129,8 @@ def _model_rows(config: TrainConfig, architecture: Architecture | None) -> list[
         else "and as many in the output layer"
     )
     export = config.training.export.format
-    holds = "cannot" if export and can_export(architecture, export) else "can"
+    what = "the adapter" if export == "peft" else "this architecture"
+    holds = "cannot" if export and export != "peft" and can_export(architecture, export) else "can"
     start = "random weights"
     if config.pretrained is not None:
         start = f"{config.pretrained.path} ({'weights' if config.pretrained.model_weights else 'shape only'})"
@@ -147,7 +148,7 @@ def _model_rows(config: TrainConfig, architecture: Architecture | None) -> list[
             "types",
             f"{config.model.distributed.training_dtype} compute, {_master(config)} weights and optimizer",
         ),
-        ("export format", f"{export}: {holds} hold this architecture" if export else "none (no exports)"),
+        ("export format", f"{export}: {holds} hold {what}" if export else "none (no exports)"),
     ]
 
 

@@ -72,8 +72,8 @@ def _inspect_folder(folder: Path, options: Options, inspection: Inspection) -> N
 
         if not inspect_model(folder, options, inspection):
             raise UserError(
-                f"{folder} is no token store (manifest.json), no checkpoint or experiment with one (checkpoint/), and no "
-                "Hugging Face folder (config.json)"
+                f"{folder} is no token store (manifest.json), no checkpoint or experiment with one (checkpoint/), no Hugging "
+                "Face folder (config.json) and no adapter (adapter_config.json)"
             )
 
 

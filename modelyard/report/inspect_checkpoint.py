@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from modelyard.config.adapter_files import PEFT_CONFIG, is_peft_folder, stored_adapter
 from modelyard.config.architecture import Architecture
 from modelyard.config.disk import size
 from modelyard.config.huggingface import read_config
 from modelyard.config.layout import Layout
+from modelyard.config.scales import rate_scales
 from modelyard.config.train import TrainConfig
 from modelyard.errors import UserError
 from modelyard.files import CHECKSUM_LIMIT, MANIFEST, damage, numbered_folders
 from modelyard.model.formats import open_huggingface
-from modelyard.model.formats.source import fit_problems
+from modelyard.model.formats.source import shape_problems
 from modelyard.plan.layout import layout_line
+from modelyard.report.inspect_adapter import inspect_peft, show_adapter, stored_shapes
 from modelyard.report.inspect_blocks import Facts, Heading, Inspection, Note, Table
-from modelyard.report.inspect_data import Options, progress
+from modelyard.report.inspect_data import Options
+from modelyard.report.inspect_tensors import show_tensors
 from modelyard.train.checkpoint import Checkpoint, marked_retention
 from modelyard.train.resume import flatten
 
@@ -41,41 +43,6 @@ _STAYS = {
     "ephemeral": "until there is a newer one",
 }
 """How long a checkpoint stays, by what it is marked as."""
-_SECOND_MOMENT = ".exp_avg_sq"
-_SLICE = 1 << 18
-"""Values of a tensor that are measured at a time: they stay in the cache between the passes."""
-
-
-@dataclass(frozen=True)
-class Measure:
-    """What the values of a tensor are like."""
-
-    norm: float
-    smallest: float
-    largest: float
-    nan: int
-    infinite: int
-
-
-def measure(tensor: torch.Tensor) -> Measure:
-    """L2 norm (in fp64), extremes of the finite values, and how many are not finite. Any shape and type."""
-    squares, smallest, largest, nan, infinite = 0.0, math.inf, -math.inf, 0, 0
-    flat = tensor.reshape(-1)
-    if not flat.is_floating_point():
-        flat = flat.to(torch.float64)
-    for begin in range(0, flat.numel(), _SLICE):
-        values = flat[begin : begin + _SLICE]
-        low, high = map(float, values.aminmax())
-        if not (math.isfinite(low) and math.isfinite(high)):
-            nan += int(values.isnan().sum())
-            infinite += int(values.isinf().sum())
-            values = values[values.isfinite()]
-            if not values.numel():
-                continue
-            low, high = map(float, values.aminmax())
-        smallest, largest = min(smallest, low), max(largest, high)
-        squares += float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
-    return Measure(math.sqrt(squares), smallest, largest, nan, infinite)
 
 
 def inspect_checkpoint(folder: Path, options: Options, inspection: Inspection) -> None:
@@ -107,10 +74,14 @@ def inspect_checkpoint(folder: Path, options: Options, inspection: Inspection) -
     inspection.add(Facts(rows + siblings))
     if checkpoint.is_average:
         _show_averaged(checkpoint.state["averaged"], inspection)
+    stored = stored_adapter(folder)
+    if stored is not None:
+        show_adapter(stored, checkpoint.architecture, options, inspection)
     inspection.add(Heading("architecture"), Facts(_architecture_rows(checkpoint.architecture)))
     if changed := _not_default(checkpoint.config):
         inspection.add(Heading("config: what is not the default"), Facts(changed))
-    inspection.fault(*fit_problems(checkpoint, checkpoint.architecture, folder))
+    shapes = stored_shapes(checkpoint.architecture, stored.adapter if stored else None)
+    inspection.fault(*shape_problems(checkpoint, shapes, folder))
     names = checkpoint.tensors()
     if not checkpoint.is_average:
         _optimizer_presence(checkpoint, inspection)
@@ -121,7 +92,7 @@ def inspect_checkpoint(folder: Path, options: Options, inspection: Inspection) -
         checkpoint.load_into({name: tensor})
         return tensor
 
-    _show_tensors(names, load, options, inspection, str(folder))
+    show_tensors(names, load, options, inspection, str(folder))
     inspection.values["checkpoint"] |= {
         "iteration": checkpoint.iteration,
         "state": {
@@ -173,7 +144,7 @@ def inspect_huggingface(folder: Path, options: Options, inspection: Inspection) 
         "parameters": architecture.parameter_count(),
         "architecture": dataclasses.asdict(architecture),
     }
-    _show_tensors(names, weights.load, options, inspection, str(folder))
+    show_tensors(names, weights.load, options, inspection, str(folder))
 
 
 def _tokenizer_text(folder: Path, architecture: Architecture, inspection: Inspection) -> str:
@@ -233,7 +204,7 @@ def _show_averaged(sources: list[dict[str, Any]], inspection: Inspection) -> Non
         [
             source["path"],
             source["share"],
-            f"{source['iteration']:,}" if "iteration" in source else "Hugging Face",
+            f"{source['iteration']:,}" if "iteration" in source else _form(source["sha256"]),
             "; ".join(f"{name} {digest[:16]}…" for name, digest in source["sha256"].items()),
         ]
         for source in sources
@@ -246,6 +217,11 @@ def _show_averaged(sources: list[dict[str, Any]], inspection: Inspection) -> Non
                 f"{key} {json.dumps(value, ensure_ascii=False)}" for key, value in differing.items()
             )
             inspection.add(Note(f"In the config of {source['path']}: {shown}"))
+
+
+def _form(files: Iterable[str]) -> str:
+    """What a source of an average that is no checkpoint is, from its files."""
+    return "adapter" if PEFT_CONFIG in files else "Hugging Face"
 
 
 def _start(config: dict[str, Any]) -> str:
@@ -307,10 +283,11 @@ def _not_default(config: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _optimizer_presence(checkpoint: Checkpoint, inspection: Inspection) -> None:
-    names = set(checkpoint.tensors())
+    names, frozen = set(checkpoint.tensors()), _frozen(checkpoint)
     missing = [
         f"optimizer.{name}.{moment}"
         for name in checkpoint.names()
+        if name not in frozen
         for moment in ("exp_avg", "exp_avg_sq")
         if f"optimizer.{name}.{moment}" not in names
     ]
@@ -321,119 +298,24 @@ def _optimizer_presence(checkpoint: Checkpoint, inspection: Inspection) -> None:
         )
 
 
-Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
-
-
-def _show_tensors(
-    tensors: Tensors,
-    load: Callable[[str], torch.Tensor],
-    options: Options,
-    inspection: Inspection,
-    where: str,
-) -> None:
-    """Read every tensor, one in memory at a time; a table by kind, or of each."""
-    measures = dict(_measured(tensors, load, options, inspection, where))
-    groups: dict[str, list[str]] = {}
-    for name in tensors:
-        groups.setdefault(name if options.all_tensors else _kind(name), []).append(name)
-    rows = [_tensor_row(group, members, tensors, measures, options) for group, members in groups.items()]
-    title = f"{len(tensors):,} tensors" + ("" if options.all_tensors else ", by kind (--tensors lists each)")
-    columns = ["tensor", "shape", "type", "bytes", "norm", "min", "max", "NaN, ∞"]
-    inspection.add(Heading(title), Table(columns, rows, words=frozenset({0, 1, 2})))
-    if not measures:
-        inspection.add(Note("The values were not read (--scan-limit 0)."))
-    inspection.values["tensors"] = {
-        name: {
-            "shape": list(shape),
-            "dtype": _dtype(dtype),
-            **{
-                key: _finite(value)
-                for key, value in dataclasses.asdict(measures[name]).items()
-                if name in measures
-            },
-        }
-        if name in measures
-        else {"shape": list(shape), "dtype": _dtype(dtype)}
-        for name, (shape, dtype) in tensors.items()
-    }
-
-
-def _measured(
-    tensors: Tensors,
-    load: Callable[[str], torch.Tensor],
-    options: Options,
-    inspection: Inspection,
-    where: str,
-) -> Iterator[tuple[str, Measure]]:
-    if options.scan_limit <= 0:
-        return
-    total = sum(math.prod(shape) for shape, _ in tensors.values())
-    with progress(where, total) as advance:
-        for name, (shape, _) in tensors.items():
-            try:
-                found = measure(load(name))
-            except (UserError, OSError, RuntimeError, EOFError, ValueError) as error:
-                if not inspection.faults:
-                    inspection.fault(
-                        f"{where}: '{name}' cannot be read ({str(error).strip().splitlines()[0]})"
-                    )
-                continue
-            for count, what in ((found.nan, "NaN"), (found.infinite, "infinite")):
-                if count:
-                    inspection.fault(
-                        f"{where}: '{name}' has {count:,} of {math.prod(shape):,} values {what}: go back to an earlier checkpoint"
-                    )
-            if name.endswith(_SECOND_MOMENT) and found.smallest < 0:
-                inspection.fault(
-                    f"{where}: '{name}', a mean of squares, has negative values (down to {found.smallest:.3g}): the file is "
-                    "damaged, or another program wrote it"
-                )
-            yield name, found
-            advance(math.prod(shape))
-
-
-def _kind(name: str) -> str:
-    """A tensor's name without the layer's number: `model.layers.*.mlp.up_proj.weight`; of a moment, which one it is."""
-    if name.startswith("optimizer."):
-        return f"optimizer.*.{name.rsplit('.', 1)[1]}"
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def _tensor_row(
-    group: str, members: list[str], tensors: Tensors, measures: dict[str, Measure], options: Options
-) -> list[str]:
-    shapes = {tensors[name][0] for name in members}
-    dtypes = {_dtype(tensors[name][1]) for name in members}
-    count = f"{len(members):,} × " if len(members) > 1 else ""
-    shape = count + (
-        " × ".join(map(str, next(iter(shapes)))) or "scalar" if len(shapes) == 1 else "several shapes"
+def _frozen(checkpoint: Checkpoint) -> set[str]:
+    """The parameters that were not trained, as far as the config says it."""
+    try:
+        config = TrainConfig.model_validate(checkpoint.config)
+    except ValueError:
+        return set()  # of a version with other keys
+    default = config.optimizer.default_learning_rate_scale
+    scales = rate_scales(
+        config.model.base_model, checkpoint.architecture, 1.0 if default is None else default
     )
-    total = sum(math.prod(tensors[name][0]) * tensors[name][1].itemsize for name in members)
-    row = [group, shape, "/".join(sorted(dtypes)), size(total)]
-    known = [measures[name] for name in members if name in measures]
-    if not known:
-        return [*row, "", "", "", ""]
-    norm = math.sqrt(sum(found.norm**2 for found in known))
-    broken = sum(found.nan + found.infinite for found in known)
-    return [
-        *row,
-        f"{norm:.4g}",
-        f"{min(found.smallest for found in known):.3g}",
-        f"{max(found.largest for found in known):.3g}",
-        f"{broken:,}" if broken else "0",
-    ]
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return {name for name, scale in scales.items() if scale == 0}
 
 
 def inspect_model(path: Path, options: Options, inspection: Inspection) -> bool:
     """A Hugging Face folder, a checkpoint, or an experiment's newest checkpoint; False where `path` is none of them."""
+    if is_peft_folder(path):
+        inspect_peft(path, options, inspection)
+        return True
     if _is_model(path):
         inspect_huggingface(path, options, inspection)
         return True
@@ -444,6 +326,9 @@ def inspect_model(path: Path, options: Options, inspection: Inspection) -> bool:
         folders = list(reversed(numbered_folders(directory)))
         if not folders:
             continue
+        if is_peft_folder(folders[0]):  # `EXPERIMENT_DIR/export/peft`
+            inspect_peft(folders[0], options, inspection)
+            return True
         if _is_model(folders[0]):  # `EXPERIMENT_DIR/export/llama`
             inspect_huggingface(folders[0], options, inspection)
             return True

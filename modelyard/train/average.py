@@ -24,6 +24,7 @@ import yaml
 from torch import Tensor
 
 import modelyard
+from modelyard.config.adapter_files import PEFT_CONFIG
 from modelyard.config.architecture import Architecture
 from modelyard.data.tokenizer_difference import tokenizer_difference
 from modelyard.errors import UserError, missing_path
@@ -31,11 +32,14 @@ from modelyard.files import MANIFEST, complete_or_absent, numbered_folders, sha2
 from modelyard.model.formats.source import fit_problems
 from modelyard.model.formats.tokenizer_files import copy_tokenizer
 from modelyard.train.checkpoint import FORMAT_VERSION, Checkpoint, write_weights
-from modelyard.train.export import OpenModel, open_model, refuse_in_a_run
+from modelyard.train.export import refuse_existing
+from modelyard.train.models_on_disk import OpenModel, open_model
 from modelyard.train.resume import flatten
 
 _AT_ONCE = 1 << 18
 """Values that are added at a time: they stay in the cache, and need no second tensor in fp64."""
+_DESCRIBE = ("config.json", PEFT_CONFIG)
+"""Files that say what the weights beside them are."""
 _EXACT = 1 << 29
 """A number of fp32 has 24 bits: times a whole number below this it has at most the 53 of fp64, and is exact."""
 
@@ -50,7 +54,7 @@ class Source:
 
     @property
     def checkpoint(self) -> Checkpoint | None:
-        return self.model.weights if isinstance(self.model.weights, Checkpoint) else None
+        return self.model.checkpoint
 
     @property
     def iteration(self) -> int | None:
@@ -121,7 +125,7 @@ def average(
     """`modelyard average`: write the mean of models to `destination`, a checkpoint that is complete or absent.
 
     Args:
-        paths: checkpoints, experiments (their newest checkpoint) and Hugging Face folders, of one shape.
+        paths: checkpoints, experiments (their newest checkpoint), Hugging Face folders and adapters, of one shape.
         destination: the folder to write; it must not exist.
         weights: one for each model, whatever their sum; None: all count alike.
         last: the newest so many checkpoints of the one experiment in `paths`, oldest first.
@@ -133,9 +137,7 @@ def average(
         UserError: the models do not fit together or cannot be read, the weights are not one for each or all 0, the
             destination exists or cannot be written. Nothing is left of it then.
     """
-    if destination.exists() or destination.is_symlink():
-        raise UserError(f"{destination} exists already; choose another folder or remove it")
-    refuse_in_a_run(destination)
+    refuse_existing(destination)
     if last is not None:
         paths = _newest(paths, last)
     shares = _shares(weights, len(paths))
@@ -259,8 +261,11 @@ def _description(sources: Sequence[Source]) -> tuple[dict[str, Any], dict[str, A
 def _origin(source: Source, config: dict[str, Any]) -> dict[str, Any]:
     folder = source.model.folder
     facts: dict[str, Any] = {"path": str(folder.resolve()), "share": str(source.share)}
+    if (adapted := source.model.adapted) is not None and adapted.base_path is not None:
+        facts["base"] = str(adapted.base_path.resolve())
     if (checkpoint := source.checkpoint) is None:
-        files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+        described = [folder / name for name in _DESCRIBE if (folder / name).is_file()]
+        files = [*described, *sorted(folder.glob("*.safetensors"))]
         return facts | {"sha256": {file.name: sha256(file) for file in files}}
     facts |= {"iteration": checkpoint.iteration, "sha256": {MANIFEST: sha256(folder / MANIFEST)}}
     if "data_fingerprint" in checkpoint.state:

@@ -12,16 +12,19 @@ import torch
 from modelyard.config.architecture import Architecture
 from modelyard.config.layout import splits_backward
 from modelyard.config.model import BaseModelConfig, init_limits
-from modelyard.config.pretrained import is_checkpoint
+from modelyard.config.peft import adapter_of, adapter_words
 from modelyard.config.train import TrainConfig
 from modelyard.data.stream import DataStream
 from modelyard.errors import UserError
+from modelyard.model.adapter import AdaptedWeights
 from modelyard.model.decoder import Decoder
-from modelyard.model.formats import WeightSource, fit_problems, load_weights, open_huggingface
-from modelyard.model.init import InitStd, initialize
+from modelyard.model.formats import WeightSource, fit_problems, load_weights
+from modelyard.model.init import DrawnWeights, InitStd
 from modelyard.parallel.apply import Fill, Write
 from modelyard.train.checkpoint import Checkpoint
+from modelyard.train.models_on_disk import base_fingerprint, first_adapter, open_model
 from modelyard.train.step import LossOptions
+from modelyard.train.weights import DTYPES
 
 
 def compute_device() -> torch.device:
@@ -58,15 +61,43 @@ def first_weights(architecture: Architecture, config: TrainConfig) -> tuple[Fill
 
     Raises UserError where the pretrained weights do not fit.
     """
+    adapter = adapter_of(config.model.base_model.transformer.peft)
+    base, origin = _base_weights(architecture, config)
+    if adapter is None:
+        return partial(_load, source=base, where=origin), origin
+    first, pretrained = None, config.pretrained
+    if pretrained is not None and pretrained.adapter is not None:
+        first = first_adapter(pretrained.adapter, adapter, Path(pretrained.path))
+        origin += f", adapter from {pretrained.adapter}"
+    adapted = AdaptedWeights(
+        base,
+        adapter,
+        seed=config.model.distributed.seed,
+        dtype=DTYPES[config.model.distributed.training_dtype],
+        device=compute_device(),
+        first=first,
+    )
+    own, whole = adapter.parameter_count(architecture), architecture.parameter_count()
+    return (
+        adapted.fill,
+        f"{origin}; {adapter_words(adapter)}: {own:,} parameters beside {whole:,} ({own / whole:.2%})",
+    )
+
+
+def _base_weights(architecture: Architecture, config: TrainConfig) -> tuple[WeightSource, str]:
+    """The weights that training starts from, without an adapter, and a line that says which."""
     pretrained = config.pretrained
     if pretrained is not None and pretrained.model_weights:
-        folder = Path(pretrained.path)
-        source: WeightSource = (
-            Checkpoint(folder) if is_checkpoint(folder) else open_huggingface(folder).weights
-        )
-        return stored_weights(source, architecture, pretrained.path), f"weights from {pretrained.path}"
+        path, origin = Path(pretrained.path), f"weights from {pretrained.path}"
+        if pretrained.adapter is not None and adapter_of(config.model.base_model.transformer.peft) is None:
+            source = open_model(pretrained.adapter, base=path).weights
+            origin += f", {pretrained.adapter} merged into them"
+        else:
+            source = open_model(path).weights
+        if problems := fit_problems(source, architecture, pretrained.path):
+            raise UserError(*problems)
+        return source, origin
     transformer = config.model.base_model.transformer
-    seed = config.model.distributed.seed
     std = InitStd.for_architecture(
         architecture,
         base=transformer.init_method_std,
@@ -77,11 +108,26 @@ def first_weights(architecture: Architecture, config: TrainConfig) -> tuple[Fill
         mlp_out=transformer.init_method_std_mlp_2,
         limits=init_limits(config.model.base_model),
     )
+    seed = config.model.distributed.seed
+    return DrawnWeights(architecture, std, seed, compute_device()), f"weights drawn from seed {seed}"
 
-    def draw(model: Decoder, write: Write) -> None:
-        initialize(model, seed, std, write=write, device=compute_device())
 
-    return draw, f"weights drawn from seed {seed}"
+def adapted_base(config: TrainConfig, checkpoint: Checkpoint | None) -> dict[str, str] | None:
+    """What an adapter that is trained alone adapts: folder and fingerprint; None where it is no pretrained model.
+
+    Raises UserError where `checkpoint`, which is gone on from, is of other weights.
+    """
+    if config.pretrained is None:
+        return None
+    path = config.pretrained.path
+    base = {"path": str(path.resolve()), "fingerprint": base_fingerprint(path)}
+    before = None if checkpoint is None else checkpoint.state.get("base")
+    if checkpoint is not None and before is not None and base["fingerprint"] != before["fingerprint"]:
+        raise UserError(
+            f"pretrained.path: the weights in {path} are not those that {checkpoint.folder} was trained on "
+            f"({before['path']}); name that folder, or choose another run.experiment_dir"
+        )
+    return base
 
 
 def _load(model: Decoder, write: Write, *, source: WeightSource, where: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from modelyard.config.adapter_files import is_peft_folder
 from modelyard.config.layout import layout_of
 from modelyard.config.loader import Loaded
 from modelyard.errors import UserError, missing_path
@@ -25,13 +26,15 @@ from modelyard.train.checkpoint import Checkpoint, open_checkpoint
 from modelyard.train.console import Console
 from modelyard.train.evaluators import Evaluators
 from modelyard.train.failure import on_its_own
+from modelyard.train.models_on_disk import OpenModel, model_of, open_model
 from modelyard.train.weights import DTYPES
 
 
-def evaluate(loaded: Loaded, *, checkpoint: Path | None, as_json: bool) -> int:
+def evaluate(loaded: Loaded, *, checkpoint: Path | None, as_json: bool, base: Path | None = None) -> int:
     """Run every evaluator (and the test set, if the config has one) once. Returns the exit status.
 
-    `checkpoint` is a checkpoint folder; None takes the newest of `run.experiment_dir`. Under torchrun every process of the
+    `checkpoint` is a checkpoint folder, or PEFT's of an adapter; None takes the newest of `run.experiment_dir`. An adapter is
+    merged into its base, which is at the place that it names or in `base`. Under torchrun every process of the
     job calls this; the main one speaks.
     """
     config = loaded.train
@@ -49,16 +52,17 @@ def evaluate(loaded: Loaded, *, checkpoint: Path | None, as_json: bool) -> int:
             if world.is_main:
                 print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
 
-        found = None
+        source = found = None
         with world.together():
             layout = layout_of(config, world.size)
             if world.is_main:
-                found = _source(loaded, checkpoint).folder
+                source = _source(loaded, checkpoint, base)
+                found = source.folder
         found = world.tell(found)
         assert found is not None
         with world.together():
-            source = Checkpoint(found, verify=False)
-            fill = stored_weights(source, source.architecture, found)
+            source = source or _reopened(found, base)
+            fill = stored_weights(source.weights, source.architecture, found)
             tokenizer = None
             if "training" in config.data.datasets:
                 tokenizer = tokenizer_folder(config, open_stream(config, "training", source.architecture))
@@ -80,23 +84,34 @@ def evaluate(loaded: Loaded, *, checkpoint: Path | None, as_json: bool) -> int:
         if world.is_alone:
             parallel.models[0].to(dtype)
         say(f"checkpoint {found}")
+        iteration = source.checkpoint.iteration if source.checkpoint else 0
         records = [
-            evaluators.run(name, entry, parallel, source.iteration)
+            evaluators.run(name, entry, parallel, iteration)
             for name, entry in config.training.evaluators.items()
         ]
         if config.training.test_iters:
-            records.append(evaluators.test(parallel, source.iteration))
+            records.append(evaluators.test(parallel, iteration))
         if as_json and world.is_main:
             for record in records:
                 print(json.dumps(record))
     return 0
 
 
-def _source(loaded: Loaded, checkpoint: Path | None) -> Checkpoint:
-    """The checkpoint to evaluate. Raises UserError where there is none, or one of another model."""
+def _reopened(folder: Path, base: Path | None) -> OpenModel:
+    """What the main process found whole."""
+    if is_peft_folder(folder):
+        return open_model(folder, base=base)
+    return model_of(Checkpoint(folder, verify=False), base=base)
+
+
+def _source(loaded: Loaded, checkpoint: Path | None, base: Path | None) -> OpenModel:
+    """The model to evaluate. Raises UserError where there is none, or one of another model."""
     folder = loaded.train.run.experiment_dir
-    source = open_checkpoint(checkpoint or folder)
-    if source is None:
+    if checkpoint is not None and is_peft_folder(checkpoint):
+        source = open_model(checkpoint, base=base)
+    elif found := open_checkpoint(checkpoint or folder):
+        source = model_of(found, base=base)
+    else:
         where = checkpoint or folder / "checkpoint"
         raise UserError(
             f"no checkpoint to evaluate: {missing_path(where) if not where.exists() else f'none in {where}'}"

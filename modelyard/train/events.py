@@ -13,7 +13,7 @@ from modelyard.train.console import Console
 
 Happening = Literal[
     "started", "resumed", "skipped", "saved", "exported", "checkpoint_damaged", "save_failed", "stopped", "shutdown",
-    "finished", "failed", "spike", "rolled_back", "diverged", "slow_rank", "zero_gradient",
+    "finished", "failed", "spike", "rolled_back", "diverged", "slow_rank", "zero_gradient", "overflow",
 ]  # fmt: skip
 
 

@@ -1,23 +1,26 @@
-"""Hugging Face folders from live weights and from checkpoints."""
+"""Folders that other programs load, from live weights and from what lies on disk."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from modelyard.config.adapter import Adapter
 from modelyard.config.architecture import Architecture
-from modelyard.config.huggingface import read_config
-from modelyard.config.pretrained import model_tokenizer, natural_family, reference_folder
+from modelyard.config.peft import adapter_of
+from modelyard.config.pretrained import reference_folder
 from modelyard.config.train import TrainConfig
 from modelyard.errors import UserError, missing_path
-from modelyard.files import numbered_folders
-from modelyard.model.formats import WeightSource, export_huggingface, open_huggingface
+from modelyard.model.formats import WeightSource, export_huggingface
+from modelyard.model.formats.merged import MergedWeights, TypedWeights
+from modelyard.model.formats.peft import write_peft
+from modelyard.model.formats.tokenizer_files import TOKENIZERS, has_tokenizer
 from modelyard.parallel.apply import Parallel
 from modelyard.parallel.world import World
-from modelyard.train.checkpoint import Checkpoint, open_checkpoint
+from modelyard.train.models_on_disk import OpenModel, as_trained_on, base_fingerprint, open_model
 from modelyard.train.weights import DTYPES
 
 
@@ -27,10 +30,10 @@ class LiveWeights:
     The main process asks for tensors with `load`, while the others answer in `serve`, until it calls `done`.
     """
 
-    def __init__(self, parallel: Parallel, world: World):
-        self._parallel, self._world = parallel, world
-        self._dtype = next(iter(parallel.weights.master.values())).dtype
-        self._shapes = parallel.architecture.parameter_shapes()
+    def __init__(self, parallel: Parallel, world: World, shapes: Mapping[str, tuple[int, ...]]):
+        """`shapes` are those of the parameters that are asked for, all of one type."""
+        self._parallel, self._world, self._shapes = parallel, world, shapes
+        self._dtype = next(p.dtype for name, p in parallel.weights.master.items() if name in shapes)
         self._owner: dict[str, int] = {}
         """Of each parameter's stage the lowest rank, which hands it on."""
         for number, names in enumerate(world.gather(parallel.own)):
@@ -88,72 +91,62 @@ def export_weights(
 
     Every process calls this, the main one writes; what goes wrong there is raised in all.
     """
-    export = config.training.export
-    assert export.format is not None
-    weights = LiveWeights(parallel, world)
+    adapter = adapter_of(config.model.base_model.transformer.peft)
+    shapes = parallel.architecture.parameter_shapes() if adapter is None or not adapter.freeze_others else {}
+    live = LiveWeights(parallel, world, shapes | (adapter.shapes(parallel.architecture) if adapter else {}))
     with world.together():
         if not world.is_main:
-            weights.serve()
+            live.serve()
             return
         try:
-            export_huggingface(
-                weights,
-                destination,
-                architecture=parallel.architecture,
-                family=export.format,
-                dtype=DTYPES[export.data_type],
-                tokenizer_folder=tokenizer_folder,
-                reference_folder=reference_folder(Path(config.pretrained.path))
-                if config.pretrained
-                else None,
-                sequence_length=config.batch.sequence_length,
-                replace=True,
-            )
+            _write(live, adapter, destination, config, parallel.architecture, tokenizer_folder)
         finally:
-            weights.done()
+            live.done()
 
 
-@dataclass(frozen=True)
-class OpenModel:
-    """A model on disk, whatever its form."""
-
-    weights: WeightSource
-    architecture: Architecture
-    family: str
-    folder: Path
-    is_huggingface: bool
-    tokenizer_folder: Path | None
-    reference_folder: Path | None
-    """Whose config.json and generation config an export carries along."""
-
-
-def open_model(path: Path) -> OpenModel:
-    """A checkpoint, an experiment's newest checkpoint, or a Hugging Face folder. Raises UserError otherwise."""
-    if not path.exists():
-        raise UserError(f"model {missing_path(path)}")
-    exports = [folder for folder in numbered_folders(path) if (folder / "config.json").is_file()]
-    if exports:
-        path = exports[-1]  # `EXPERIMENT_DIR/export/llama` means its newest
-    # An experiment has a config.json too, of its own.
-    if (path / "config.json").is_file() and not (path / "checkpoint").is_dir():
-        if "modelyard_version" in read_config(path):
-            raise UserError(f"{path} is the folder of a run that has no checkpoint yet")
-        model = open_huggingface(path)
-        return OpenModel(model.weights, model.architecture, model.family, path, True, path, path)
-    checkpoint = open_checkpoint(path)
-    if checkpoint is None:
-        raise UserError(f"{path} holds neither a Hugging Face model (config.json) nor a checkpoint")
-    tokenizer = model_tokenizer(checkpoint.folder)
-    # An average says its family; it may come from folders that had no config of ours.
-    family = checkpoint.state.get("family") or checkpoint.config["training"]["export"]["format"]
-    return OpenModel(
-        checkpoint,
-        checkpoint.architecture,
-        family or natural_family(checkpoint.architecture),
-        checkpoint.folder,
-        False,
-        tokenizer if tokenizer.is_dir() else None,
-        reference_folder(checkpoint.folder),
+def _write(
+    live: LiveWeights,
+    adapter: Adapter | None,
+    destination: Path,
+    config: TrainConfig,
+    architecture: Architecture,
+    tokenizer_folder: Path | None,
+) -> None:
+    """What the main process does of `export_weights`. A base that keeps its values is read from its folder again."""
+    export, path = config.training.export, Path(config.pretrained.path) if config.pretrained else None
+    assert export.format is not None
+    weights: WeightSource = live
+    if adapter is not None:
+        base: WeightSource = live
+        if adapter.freeze_others:
+            assert path is not None
+            model = open_model(path)
+            if export.format == "peft":
+                write_peft(
+                    live,
+                    destination,
+                    adapter=adapter,
+                    architecture=architecture,
+                    family=model.family,
+                    base_path=model.folder.resolve(),
+                    fingerprint=base_fingerprint(model.weights),
+                    dtype=DTYPES[export.data_type],
+                    tokenizer_folder=tokenizer_folder,
+                    replace=True,
+                )
+                return
+            base = as_trained_on(model.weights, adapter, architecture)
+        weights = MergedWeights(base, live, adapter)
+    export_huggingface(
+        weights,
+        destination,
+        architecture=architecture,
+        family=export.format,
+        dtype=DTYPES[export.data_type],
+        tokenizer_folder=tokenizer_folder,
+        reference_folder=reference_folder(path) if path else None,
+        sequence_length=config.batch.sequence_length,
+        replace=True,
     )
 
 
@@ -165,9 +158,8 @@ def named_tokenizer(folder: Path | None) -> Path | None:
         raise UserError(f"--tokenizer: {missing_path(folder)}")
     if not folder.is_dir():
         raise UserError(f"--tokenizer: {folder} is a file; name the folder that it lies in")
-    files = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if not any((folder / name).is_file() for name in files):
-        raise UserError(f"--tokenizer: {folder} holds no tokenizer (none of {', '.join(files)})")
+    if not has_tokenizer(folder):
+        raise UserError(f"--tokenizer: {folder} holds no tokenizer (none of {', '.join(TOKENIZERS)})")
     return folder
 
 
@@ -179,28 +171,76 @@ def refuse_in_a_run(destination: Path) -> None:
             raise UserError(f"{destination} is inside the run {parent.parent}; name a folder elsewhere")
 
 
-def convert(
-    source: Path, destination: Path, *, family: str | None, dtype: str | None, tokenizer_folder: Path | None
-) -> int:
-    """`modelyard convert`: stream `source` into a Hugging Face folder, one tensor in memory at a time.
-
-    A checkpoint is written in bf16 unless `dtype` says otherwise, a Hugging Face folder in its own type.
-    """
-    if destination.exists():
+def refuse_existing(destination: Path) -> None:
+    """Raise UserError where a folder cannot be written anew."""
+    if destination.exists() or destination.is_symlink():
         raise UserError(f"{destination} exists already; choose another folder or remove it")
     refuse_in_a_run(destination)
+
+
+def convert(
+    source: Path,
+    destination: Path,
+    *,
+    family: str | None,
+    dtype: str | None,
+    tokenizer_folder: Path | None,
+    base: Path | None = None,
+) -> int:
+    """`modelyard convert`: stream `source` into a Hugging Face folder, one tensor in memory at a time, or an adapter into
+    one of PEFT's (`family` "peft").
+
+    A checkpoint is written in bf16 unless `dtype` says otherwise, a Hugging Face folder in its own type, and an adapter of
+    one, which is merged into it, in that one's; PEFT's folder in the adapter's own.
+    """
+    refuse_existing(destination)
     tokenizer_folder = named_tokenizer(tokenizer_folder)
-    model = open_model(source)
-    default = None if model.is_huggingface else torch.bfloat16
-    export_huggingface(
-        model.weights,
-        destination,
-        architecture=model.architecture,
-        family=family or model.family,
-        dtype=DTYPES[dtype] if dtype else default,
-        tokenizer_folder=tokenizer_folder or model.tokenizer_folder,
-        reference_folder=model.reference_folder,
-    )
-    which = f"iteration {model.weights.iteration}, " if isinstance(model.weights, Checkpoint) else ""
+    model = open_model(source, base=base)
+    tokenizer_folder, wanted = tokenizer_folder or model.tokenizer_folder, DTYPES[dtype] if dtype else None
+    if family == "peft":
+        _convert_to_peft(model, destination, dtype=wanted, tokenizer_folder=tokenizer_folder)
+    else:
+        weights = model.weights
+        if (adapted := model.adapted) is not None:
+            if adapted.adapter.quantization is not None:
+                raise UserError(
+                    f"{source} was trained on a quantised base; write `modelyard merge {source} --to {destination} --onto "
+                    "original` (or dequantized), or convert it with --format peft"
+                )
+            weights = TypedWeights(weights, adapted.base)
+        export_huggingface(
+            weights,
+            destination,
+            architecture=model.architecture,
+            family=family or model.family,
+            dtype=wanted or (None if model.is_huggingface else torch.bfloat16),
+            tokenizer_folder=tokenizer_folder,
+            reference_folder=model.reference_folder,
+        )
+    which = f"iteration {model.checkpoint.iteration}, " if model.checkpoint else ""
     print(f"wrote {destination} ({which}from {model.folder})")
     return 0
+
+
+def _convert_to_peft(
+    model: OpenModel, destination: Path, *, dtype: torch.dtype | None, tokenizer_folder: Path | None
+) -> None:
+    adapted = model.adapted
+    if adapted is None:
+        raise UserError(f"{model.folder} holds no adapter, and --format peft writes nothing else")
+    if adapted.base_path is None:
+        raise UserError(
+            f"{model.folder} was trained with freeze_others: no, and PEFT's folder has no place for the base that came of it; "
+            "leave --format peft out"
+        )
+    write_peft(
+        adapted.weights,
+        destination,
+        adapter=adapted.adapter,
+        architecture=model.architecture,
+        family=adapted.base_family,
+        base_path=adapted.base_path.resolve(),
+        fingerprint=base_fingerprint(adapted.base),
+        dtype=dtype,
+        tokenizer_folder=tokenizer_folder,
+    )

@@ -15,7 +15,6 @@ from modelyard.files import numbered_folders
 from modelyard.launch.process import a_restart_may_mend
 from modelyard.parallel.replicas import Along, copied, differing, digest, hashes, odd_ones
 from modelyard.train.build import compiles
-from modelyard.train.optimizer import MOMENTS
 from modelyard.train.schedule import learning_rate
 from modelyard.train.slow_rank import SlowRanks, Speed, Stopwatch
 
@@ -119,11 +118,8 @@ class Health:
         """What a checkpoint holds of these parameters, as it lies here."""
         found: dict[str, Tensor] = {}
         for name in names:
-            parameter = self._run.weights.master[name]
-            found[name] = parameter.detach()
-            state = self._run.optimizer.adamw.state.get(parameter)
-            if state:  # not while it is frozen, or before its first step
-                found |= {f"{name}.{moment}": state[moment] for moment in MOMENTS}
+            found[name] = self._run.weights.master[name].detach()
+            found |= self._run.optimizer.held(name)
         return found
 
     # Where they differ

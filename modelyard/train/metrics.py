@@ -240,6 +240,7 @@ def training_record(
         "trained_share": result.targets / run.config.batch.tokens,
         "loss_mean": progress.loss_sum / progress.loss_count if progress.loss_count else None,
         "skipped_steps": progress.skipped_steps,
+        **({} if run.scaler is None else {"loss_scale": run.scaler.scale}),
         "data_wait_share": meter.data_wait / meter.seconds,
         "memory_bytes": run.world.largest(peak_memory(run.device)),
         "model_flops_per_second": model_flops_per_second(run.architecture, length, speed),

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from modelyard.train.blockwise import Blockwise
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+LEAST_NARROW = 4096
+"""Parameters with fewer values keep their moments in fp32 whatever is asked: norms and biases, which weigh nothing."""
 
 
 class Optimizer:
-    """`torch.optim.AdamW` (fused where torch has it for the device) whose state is addressed by parameter name.
+    """AdamW (arXiv 1711.05101) whose state is addressed by parameter name.
 
     Weight decay applies to matrices (embeddings included) and not to norms and biases. All parameters share one
     count of steps, `steps`: the number of successful updates, which the bias correction uses. `scales` are factors on
-    the learning rate by name (1 where none is given); a parameter whose factor is 0 is frozen.
+    the learning rate by name (1 where none is given); a parameter whose factor is 0 is frozen, and has no moments.
+    `state` is how moments are kept: `float32` is `torch.optim.AdamW`, fused where torch has it for the device; `8bit`
+    narrows them between steps, and the step itself is computed as wide.
     """
 
     def __init__(
@@ -26,14 +34,19 @@ class Optimizer:
         betas: tuple[float, float],
         epsilon: float,
         scales: Mapping[str, float] | None = None,
+        state: Literal["float32", "8bit"] = "float32",
     ):
-        self.parameters = parameters
         scales = scales or {}
-        self._frozen = {name for name, scale in scales.items() if scale == 0}
+        self.trained = {name: p for name, p in parameters.items() if scales.get(name, 1.0) != 0}
+        """The parameters that have moments."""
+        self._narrow: dict[str, _NarrowAdamW] = {}
         members: dict[tuple[bool, float], list[nn.Parameter]] = {}
-        for name, p in parameters.items():
-            if name not in self._frozen:
-                members.setdefault((p.dim() >= 2, scales.get(name, 1.0)), []).append(p)
+        for name, p in self.trained.items():
+            scale, decay = scales.get(name, 1.0), weight_decay if p.dim() >= 2 else 0.0
+            if state == "8bit" and p.numel() >= LEAST_NARROW:
+                self._narrow[name] = _NarrowAdamW(p, scale=scale, decay=decay, betas=betas, epsilon=epsilon)
+            else:
+                members.setdefault((p.dim() >= 2, scale), []).append(p)
         groups = [
             {"params": group, "weight_decay": weight_decay if decayed else 0.0, "scale": scale}
             for (decayed, scale), group in members.items()
@@ -49,26 +62,114 @@ class Optimizer:
             group["lr"] = learning_rate * group["scale"]
         self.adamw.step()
         self.steps += 1
+        for narrow in self._narrow.values():
+            narrow.step(learning_rate, self.steps)
 
-    def moments(self) -> dict[str, torch.Tensor]:
-        """`{"<parameter name>.exp_avg": tensor, …}`, zeros before the first step, of the parameters' full shapes."""
-        state = self.adamw.state
-        return {
-            f"{name}.{moment}": state[p][moment] if state.get(p) else torch.zeros_like(p, requires_grad=False)
-            for name, p in self.parameters.items()
-            for moment in MOMENTS
-        }
+    def moments(self) -> dict[str, Tensor]:
+        """`{"<parameter name>.exp_avg": tensor, …}` of what is trained, zeros before the first step, of the parameters' full
+        shapes and dtype. What is kept narrow is made wide for it, and of a GPU's in the host's memory."""
+        found = {}
+        for name, p in self.trained.items():
+            if name in self._narrow:
+                moments = self._narrow[name].moments()
+            else:
+                state = self.adamw.state.get(p) or {
+                    m: torch.zeros_like(p, requires_grad=False) for m in MOMENTS
+                }
+                moments = tuple(state[moment] for moment in MOMENTS)
+            found |= {f"{name}.{moment}": tensor for moment, tensor in zip(MOMENTS, moments, strict=True)}
+        return found
 
-    def load_moments(self, moments: dict[str, torch.Tensor], steps: int) -> None:
+    def load_moments(self, moments: Mapping[str, Tensor], steps: int) -> None:
         """Continue from `moments` (as `moments` gives them) after `steps` updates."""
         self.steps = steps
         self.adamw.state.clear()  # a run may go back to where there was none
-        if steps == 0:
+        for name, parameter in self.trained.items():
+            loaded = [moments[f"{name}.{moment}"] for moment in MOMENTS]
+            if name in self._narrow:
+                self._narrow[name].load(*loaded)
+            elif steps:
+                self.adamw.state[parameter] = {
+                    "step": torch.tensor(float(steps), dtype=torch.float32, device=parameter.device),
+                    **dict(zip(MOMENTS, loaded, strict=True)),
+                }
+
+    def held(self, name: str) -> dict[str, Tensor]:
+        """What is in memory for this parameter, as it lies there; nothing while it is frozen, or before its first step."""
+        if name in self._narrow:
+            return {f"{name}.{part}": tensor for part, tensor in self._narrow[name].held().items()}
+        state = self.adamw.state.get(self.trained[name]) if name in self.trained else None
+        return {f"{name}.{moment}": state[moment] for moment in MOMENTS} if state else {}
+
+    @property
+    def nbytes(self) -> int:
+        """Of memory that the moments take."""
+        return sum(tensor.nbytes for name in self.trained for tensor in self.held(name).values())
+
+
+class _NarrowAdamW:
+    """The update of one parameter whose moments have eight bits each.
+
+    A stretch of the parameter after the other: its moments are made wide, updated, used, and narrowed again. So nothing
+    that is wide is larger than a stretch, and the update sees this step's gradient unrounded.
+    """
+
+    def __init__(
+        self,
+        parameter: nn.Parameter,
+        *,
+        scale: float,
+        decay: float,
+        betas: tuple[float, float],
+        epsilon: float,
+    ):
+        self._parameter, self._scale, self._decay = parameter, scale, decay
+        self._betas, self._epsilon = betas, epsilon
+        count, dtype, device = parameter.numel(), parameter.dtype, parameter.device
+        self._mean = Blockwise(count, signed=True, dtype=dtype, device=device)
+        self._square = Blockwise(count, signed=False, dtype=dtype, device=device)
+
+    @torch.no_grad()
+    def step(self, learning_rate: float, steps: int) -> None:
+        """One update, the `steps`th, counted from 1."""
+        if self._parameter.grad is None:
             return
-        for name, parameter in self.parameters.items():
-            if name in self._frozen:
-                continue
-            self.adamw.state[parameter] = {
-                "step": torch.tensor(float(steps), dtype=torch.float32, device=parameter.device),
-                **{moment: moments[f"{name}.{moment}"] for moment in MOMENTS},
-            }
+        values, gradients = self._parameter.view(-1), self._parameter.grad.reshape(-1)
+        rate = learning_rate * self._scale
+        beta_1, beta_2 = self._betas
+        correction_1, correction_2 = 1 - beta_1**steps, 1 - beta_2**steps
+        for piece in self._mean.pieces():
+            value, gradient = values[piece], gradients[piece]
+            mean = self._mean.read(piece).lerp_(gradient, 1 - beta_1)
+            square = self._square.read(piece).mul_(beta_2).addcmul_(gradient, gradient, value=1 - beta_2)
+            root = square.sqrt().div_(math.sqrt(correction_2)).add_(self._epsilon)
+            if self._decay:
+                value.mul_(1 - rate * self._decay)
+            value.addcdiv_(mean, root, value=-rate / correction_1)
+            self._mean.write(piece, mean)
+            self._square.write(piece, square)
+
+    def moments(self) -> tuple[Tensor, ...]:
+        """Both, wide."""
+        whole = []
+        for moment in (self._mean, self._square):
+            wide = torch.empty(self._parameter.shape, dtype=self._parameter.dtype)
+            for piece in moment.pieces():
+                wide.view(-1)[piece] = moment.read(piece)
+            whole.append(wide)
+        return tuple(whole)
+
+    def load(self, mean: Tensor, square: Tensor) -> None:
+        """Narrow both; what `moments` gave comes back as it was."""
+        for moment, wide in ((self._mean, mean), (self._square, square)):
+            for piece in moment.pieces():
+                moment.write(piece, wide.reshape(-1)[piece].to(self._parameter.device))
+
+    def held(self) -> dict[str, Tensor]:
+        """Codes and scales."""
+        both = {"exp_avg": self._mean, "exp_avg_sq": self._square}
+        return {
+            f"{name}.{part}": getattr(moment, part)
+            for name, moment in both.items()
+            for part in ("codes", "scales")
+        }

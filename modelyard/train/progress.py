@@ -23,6 +23,12 @@ class Progress:
     loss_sum: float = 0.0
     """Of the steps since the last training record that were not skipped; with `loss_count` the record's `loss_mean`."""
     loss_count: int = 0
+    loss_scale: float | None = None
+    """In fp16: the factor on the gradients, once it has changed (`modelyard.train.scaler`)."""
+    steps_at_scale: int = 0
+    """Steps since it changed, or since a gradient overflowed."""
+    overflows: int = 0
+    """Gradients that overflowed since it was raised."""
 
 
 @dataclass

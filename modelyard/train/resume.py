@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from modelyard.config.architecture import Architecture
@@ -17,6 +18,8 @@ _FREE = (
     "batch.micro_batch_size",
     "batch.sequential_micro_batches",
     "data.sampling.gpu",
+    "optimizer.gradient_scaler",
+    "optimizer.state",
 )
 # The shape is compared as an `Architecture`; once there is a checkpoint, nothing is read from `pretrained.path`.
 _BOUND = (
@@ -31,6 +34,7 @@ _BOUND = (
     "model.base_model.transformer.attention_lr_scale",
     "model.base_model.transformer.mlp_lr_scale",
     "model.base_model.transformer.per_layer_lr_scale",
+    "model.base_model.transformer.peft",
     *(f"model.base_model.init_method_{word}_embed" for word in ("std", "min", "max")),
     *(
         f"model.base_model.transformer.init_method_{word}{part}"
@@ -67,9 +71,11 @@ def binding_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _binds(key: str) -> bool:
-    if key in _FREE or key.startswith("optimizer.learning_rate."):
-        return False
-    return any(key == section or key.startswith(section + ".") for section in _BOUND)
+    return _in(_BOUND, key) and not _in((*_FREE, "optimizer.learning_rate"), key)
+
+
+def _in(sections: Collection[str], key: str) -> bool:
+    return any(key == section or key.startswith(section + ".") for section in sections)
 
 
 def schedule_difference(old: LearningRateConfig, new: LearningRateConfig, steps: int) -> str | None:
@@ -94,7 +100,11 @@ def run_differences(
     data_fingerprint: str,
 ) -> list[str]:
     """Lines on everything but the learning rate that makes a run of `config` another run than the old one."""
-    differences = binding_differences(old_config, config.model_dump(mode="json"))
+    new_config = config.model_dump(mode="json")
+    written = flatten(config.model_dump(mode="json", exclude_defaults=True))
+    # A key that there was not when the checkpoint was saved stood at its default.
+    defaults = {key: value for key, value in flatten(new_config).items() if key not in written}
+    differences = binding_differences(defaults | flatten(old_config), new_config)
     # The longest position is a word in exports; nothing is computed from it.
     before, now = (
         flatten(dataclasses.asdict(dataclasses.replace(shape, max_position_embeddings=None)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 import modelyard
+from modelyard.config.adapter import adapter_to_dict, is_adapter_parameter
 from modelyard.config.architecture import Architecture
 from modelyard.config.disk import checkpoint_bytes, export_bytes
 from modelyard.config.layout import layout_of
+from modelyard.config.peft import adapter_of
 from modelyard.config.scales import rate_scales
 from modelyard.config.train import TrainConfig
 from modelyard.data.batch import Batch
@@ -33,6 +35,7 @@ from modelyard.parallel.mesh import Mesh, alone
 from modelyard.parallel.world import World
 from modelyard.train.allocator import keep_freed_memory
 from modelyard.train.build import (
+    adapted_base,
     compiles,
     compute_device,
     first_weights,
@@ -52,11 +55,12 @@ from modelyard.train.profiling import Profiler
 from modelyard.train.progress import Progress, Save
 from modelyard.train.rollback import roll_back, say_spike
 from modelyard.train.saving import HostCopies, Saver
+from modelyard.train.scaler import GradientScaler
 from modelyard.train.schedule import learning_rate
 from modelyard.train.signals import StopSignal
 from modelyard.train.spikes import SpikeWatch, batch_number
 from modelyard.train.start import check_data, starting_point
-from modelyard.train.step import StepResult, train_step
+from modelyard.train.step import LossOptions, StepResult, train_step
 from modelyard.train.weights import DTYPES
 
 
@@ -81,7 +85,13 @@ class Run:
         self.device = compute_device()
         self.dtype = DTYPES[config.model.distributed.training_dtype]
         self.loss_options = loss_options(config.model.base_model)
+        self.adapter = adapter_of(config.model.base_model.transformer.peft)
         self.progress = Progress()
+        self.scaler = (
+            GradientScaler(config.optimizer.gradient_scaler, self.progress)
+            if self.dtype == torch.float16
+            else None
+        )
         self.spikes = SpikeWatch(config.training.spikes)
         self.stop = StopSignal(self.world)
         self.events = EventLog(console, kept=self.world.is_main)
@@ -90,7 +100,7 @@ class Run:
         self.folders = NumberedFolders(self.folder, self.world, self.events)
         self.forced: list[str] = []
         """What was gone on from all the same, because of --force."""
-        found = None
+        found = base = None
         with self.world.together():
             layout = layout_of(config, self.world.size)
             self._open_data()
@@ -120,11 +130,15 @@ class Run:
         fill: Fill = _nothing_yet
         with self.world.together():
             compiled = compiles(config, self.device)
-            if found is None:
+            if found is not None:
+                checkpoint = Checkpoint(found, verify=False)
+            if checkpoint is None or self.saves_adapter_alone:
                 fill, origin = first_weights(architecture, config)
                 console.line(origin)
-            else:
-                checkpoint = Checkpoint(found, verify=False)
+            if self.saves_adapter_alone and self.world.is_main:
+                base = adapted_base(config, checkpoint)
+        self.base = self.world.tell(base)
+        """Where the base is that checkpoints do not have, and what tells it from others."""
 
         keep_freed_memory()
         default = config.optimizer.default_learning_rate_scale
@@ -135,10 +149,12 @@ class Run:
             self.mesh,
             compute_dtype=self.dtype,
             recompute=config.model.multi_stage.recompute,
+            offload_activations=config.model.multi_stage.offload_activations,
             compile=compiled,
             sequence_length=config.batch.sequence_length,
             fill=fill,
             frozen=frozenset(name for name, scale in scales.items() if scale == 0),
+            adapter=self.adapter,
         )
         self.model, self.weights = self.parallel.model, self.parallel.weights
         optimizer = config.optimizer
@@ -147,7 +163,8 @@ class Run:
             weight_decay=optimizer.weight_decay,
             betas=(optimizer.beta_1, optimizer.beta_2),
             epsilon=optimizer.epsilon,
-            scales=scales,
+            state=optimizer.state,
+            scales=scales | {n: 0.0 for n, p in self.weights.master.items() if not p.requires_grad},
         )
         self.saver, self.copies = Saver(self.world, asynchronous=settings.asynchronous), HostCopies()
         self.is_whole = True
@@ -178,6 +195,15 @@ class Run:
         )
 
     @property
+    def saves_adapter_alone(self) -> bool:
+        """Whether checkpoints have the adapter and its optimizer state, and the base stays where it was read from."""
+        return self.adapter is not None and self.adapter.freeze_others
+
+    def _saved_names(self, names: Iterable[str]) -> list[str]:
+        """Those of the parameters that a checkpoint has."""
+        return [name for name in names if not self.saves_adapter_alone or is_adapter_parameter(name)]
+
+    @property
     def finished(self) -> bool:
         return self.progress.iteration >= self.config.training.train_iters
 
@@ -192,7 +218,10 @@ class Run:
         self.is_whole = False
         moments = self.optimizer.moments()
         master = {name: parameter.detach() for name, parameter in self.weights.master.items()}
-        parameters, parts = self._parts(master, moments, list(master))
+        parameters, parts = self._parts(master, moments, self._saved_names(master))
+        if self.forced:  # what was frozen then has no moments there: they begin at 0
+            there = checkpoint.tensors()
+            parts = {name: part for name, part in parts.items() if f"optimizer.{name}" in there}
         checkpoint.load_into(
             {f"model.{name}": p for name, p in parameters.items()}
             | {f"optimizer.{name}": moment for name, moment in parts.items()}
@@ -208,11 +237,12 @@ class Run:
     def _parts(
         self, master: Mapping[str, Tensor], moments: Mapping[str, Tensor], names: list[str]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Parameters and moments of these names as a checkpoint takes them: this process's parts of whole tensors."""
+        """Parameters of these names, and their moments where they have any, as a checkpoint takes them: this process's parts
+        of whole tensors."""
         parts = self.parallel.parts
         stored: dict[str, Tensor] = {}
         for moment in MOMENTS:
-            found = parts({name: moments[f"{name}.{moment}"] for name in names})
+            found = parts({name: moments[key] for name in names if (key := f"{name}.{moment}") in moments})
             stored |= {f"{name}.{moment}": tensor for name, tensor in found.items()}
         return parts({name: master[name] for name in names}), stored
 
@@ -246,12 +276,12 @@ class Run:
         directory, settings = self.folder / "checkpoint", self.config.training.checkpoint
         self.health.compare()
         begin, iteration = time.perf_counter(), self.progress.iteration
-        moments, names = self.optimizer.moments(), self.parallel.own
+        moments, names = self.optimizer.moments(), self._saved_names(self.parallel.own)
         master = {name: self.weights.master[name].detach() for name in names}
         if not wait:
             master = self.copies.of(master)
-            keys = [f"{name}.{moment}" for name in names for moment in MOMENTS]
-            moments = self.copies.of({key: moments[key] for key in keys})
+            keys = (f"{name}.{moment}" for name in names for moment in MOMENTS)
+            moments = self.copies.of({key: moments[key] for key in keys if key in moments})
         parameters, parts = self._parts(master, moments, names)
         destination = directory / str(iteration)
         # One that is written anew (after going back) stays as long as it was to.
@@ -268,6 +298,8 @@ class Run:
             "spikes": self.spikes.state_dict(),
             "optimizer_steps": self.optimizer.steps,
             "architecture": dataclasses.asdict(self.architecture),
+            "adapter": None if self.adapter is None else adapter_to_dict(self.adapter),
+            "base": self.base,
             "seed": self.config.model.distributed.seed,
             "data_fingerprint": self.stream.fingerprint,
             "data": self.stream.state_dict(),
@@ -422,7 +454,7 @@ class Run:
                             learning_rate=rate,
                             micro_batch_size=batch_config.micro_rows(mesh.layout.data),
                             max_norm=self.config.optimizer.gradient_norm_clipping,
-                            loss_options=self.loss_options,
+                            loss_options=self._training_options(),
                             device=self.device,
                             mesh=mesh,
                             phase=clock,
@@ -454,8 +486,21 @@ class Run:
             give_up=self.stop.asked,
         )
 
+    def _training_options(self) -> LossOptions:
+        if self.scaler is None:
+            return self.loss_options
+        return dataclasses.replace(self.loss_options, gradient_scale=self.scaler.scale)
+
     def _after(self, result: StepResult, spike: str | None) -> None:
-        """Count the step, and do what is to be done about a spike."""
+        """Count the step, and do what is to be done about a spike, or about a gradient that overflowed."""
+        if self.scaler is not None:
+            scale = self.scaler.scale
+            if (done := self.scaler.after(result)) is not None:
+                self.progress.skipped_steps += 1
+                iteration = self.progress.iteration
+                text = f"iteration {iteration}: the gradient overflows at loss scale {scale:g}; the step is skipped, {done}"
+                self.events.add("overflow", iteration, text, loss_scale=scale)
+                return
         if result.skipped is None:
             self.progress.skipped_in_a_row = 0
             self.progress.loss_sum += result.loss

@@ -28,6 +28,8 @@ class LossOptions:
 
     implementation: str = "auto"
     z_loss: float = 0.0
+    gradient_scale: float = 1.0
+    """Factor on all gradients from their beginning on, so that they fit fp16's range; the step takes it out again."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ def head_loss(
         implementation=options.implementation,
         z_loss=options.z_loss,
         logits_scale=model.architecture.logits_scale,
+        gradient_scale=options.gradient_scale,
         vocabulary=model.vocabulary,
         weight_gradient_to=weight_gradient_to,
     )
@@ -83,7 +86,8 @@ def accumulate(
     options: LossOptions,
     phase: Callable[[str], object],
 ) -> Tensor:
-    """Forward and backward of each micro-batch in turn; the gradients add up. Returns the summed loss."""
+    """Forward and backward of each micro-batch in turn; the gradients, scaled as the options say, add up. Returns the summed
+    loss."""
     total = torch.zeros((), dtype=torch.float64, device=parts[0].input_ids.device)
     taker = wide_gradient_taker(weights, model.output_weight)
     for index, micro_batch in enumerate(parts, 1):
@@ -141,8 +145,8 @@ def train_step(
     """Train on one global batch; `batch` is this process's share of it, `mesh` where the others are (None: none).
 
     The loss is the sum over the trained tokens of all micro-batches and processes, divided once by their number;
-    gradients are summed in fp32 and divided once. A loss or gradient that is not finite leaves weights, moments and the step
-    count as they were. `max_norm` 0 turns clipping off. `phase` is called with `forward`, `backward` or `optimizer` where
+    gradients are summed in fp32 and divided once, by that number and the options' `gradient_scale`. A loss or gradient that is
+    not finite leaves weights, moments and the step count as they were. `max_norm` 0 turns clipping off. `phase` is called with `forward`, `backward` or `optimizer` where
     each begins; the gradients that the fused cross-entropy makes on its way belong to `forward`. `notice` is asked whether this
     process has something to say to all (that it was asked to stop); the step is done all the same. `judge` is shown the loss
     and the gradient's norm, the same in all processes, and may give a reason to leave the weights as they are. `abandon`:
@@ -160,7 +164,8 @@ def train_step(
     gradients = weights.gradients()
     totals = mesh.total(loss, weights.square_norm(), batch.num_targets, notice=notice(), abandon=abandon)
     mean_loss = totals.loss / max(totals.targets, 1)
-    grad_norm = math.sqrt(totals.square) / max(totals.targets, 1)
+    divisor = max(totals.targets, 1) * loss_options.gradient_scale
+    grad_norm = math.sqrt(totals.square) / divisor
 
     skipped = None
     if totals.targets == 0 or totals.abandon:
@@ -174,7 +179,7 @@ def train_step(
     if skipped is None:
         clip = min(1.0, max_norm / (grad_norm + 1e-6)) if max_norm > 0 else 1.0
         if gradients:  # a process may have nothing but frozen layers
-            torch._foreach_mul_(gradients, clip / totals.targets)
+            torch._foreach_mul_(gradients, clip / divisor)
         optimizer.step(learning_rate)
         weights.publish()
     weights.zero_gradients()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 
 import torch
@@ -16,23 +16,45 @@ DTYPES = {
 }
 
 
+def master_dtype(compute_dtype: torch.dtype) -> torch.dtype:
+    """What the optimizer keeps of parameters that are computed with in `compute_dtype`."""
+    return torch.float64 if compute_dtype == torch.float64 else torch.float32
+
+
+@torch.no_grad()
+def set_dtypes(model: nn.Module, compute_dtype: torch.dtype, narrow: Collection[str] = ()) -> None:
+    """Give every parameter the masters' dtype, those named by `narrow` the one to compute with: frozen ones of which there is
+    to be no second copy."""
+    wide = master_dtype(compute_dtype)
+    for name, parameter in model.named_parameters():
+        cast = parameter.detach().to(compute_dtype if name in narrow else wide)
+        if cast.dtype != parameter.dtype:
+            # As modules do it: a part of a split tensor has a part's dtype inside, which `.data` would not reach.
+            torch.utils.swap_tensors(parameter, nn.Parameter(cast, requires_grad=parameter.requires_grad))
+
+
 class Weights:
     """Master weights in fp32 (fp64 in an fp64 run) beside the model's own in the compute dtype.
 
     Where both dtypes agree there is one set of tensors and nothing is copied. Otherwise the model's parameters are
     the compute copies, refreshed by `publish` once an optimizer step, and each micro-batch's gradient is added to
     the master's fp32 gradient as soon as it is complete, so that no second set of compute gradients is ever alive.
+    Frozen parameters that come in the compute dtype have no master beside them.
     """
 
     def __init__(self, model: nn.Module, compute_dtype: torch.dtype):
-        master_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
-        model.to(master_dtype)
         self.compute: dict[str, nn.Parameter] = dict(model.named_parameters())
-        if compute_dtype == master_dtype:
+        single = {n for n, p in self.compute.items() if not p.requires_grad and p.dtype == compute_dtype}
+        set_dtypes(model, compute_dtype, narrow=single)
+        if compute_dtype == master_dtype(compute_dtype):
             self.master = self.compute
             return
-        self.master = {name: nn.Parameter(p.detach().clone()) for name, p in self.compute.items()}
-        model.to(compute_dtype)
+        self.master = {
+            name: p if name in single else nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
+            for name, p in self.compute.items()
+        }
+        set_dtypes(model, compute_dtype, narrow=self.compute)
+        self._doubled = [name for name in self.compute if name not in single]
         for name, parameter in self.compute.items():
             if not parameter.requires_grad:
                 continue  # frozen
@@ -47,7 +69,10 @@ class Weights:
         """Cast the master weights to the compute dtype; the one cast of a step."""
         if self.master is not self.compute:
             with torch.no_grad():
-                torch._foreach_copy_(list(self.compute.values()), list(self.master.values()))
+                torch._foreach_copy_(
+                    [self.compute[name] for name in self._doubled],
+                    [self.master[name] for name in self._doubled],
+                )
 
     def before_backward(self, *, last: bool) -> None:
         """Called before each micro-batch; `last` of a step. One process has nothing to wait with."""

@@ -186,6 +186,14 @@ FOR_ANY_WORLD: list[tuple[dict[str, Any], str]] = [
         )
         for schedule in ("zero_bubble", "zbv")
     ),
+    *(
+        (
+            {"recompute": mode, "model__multi_stage__offload_activations": "yes"},
+            f"model.multi_stage.offload_activations: yes with recompute: {mode}, which keeps more of a block than its input, and "
+            "only that is offloaded; write recompute: full, or offload_activations: no",
+        )
+        for mode in ("none", "selective")
+    ),
 ]
 
 

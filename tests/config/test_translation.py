@@ -235,12 +235,13 @@ def test_keys_of_the_weeks_around_0_3() -> None:
         ),
         (
             f"{BLOCK}mlp.layer_1.apply_peft=yes",
-            f"{BLOCK}mlp.layer_1.apply_peft = yes: LoRA is not supported yet; leave it out to train all weights",
+            f"{BLOCK}mlp.layer_1.apply_peft = yes: which matrices have an adapter is said once: leave it out, and write "
+            "base_model.peft.layers",
         ),
         (
             f"{BASE}peft={{type: lora}}",
-            f"{BASE}transformer.peft.type = lora: LoRA is not supported yet; remove peft to train all weights "
-            f"(written as {BASE}peft.type)",
+            f"{BASE}transformer.peft.type: there is nothing to adapt: the base would be random and stay so; give "
+            f"pretrained.path, or write freeze_others: no (written as {BASE}peft.type)",
         ),
         (
             "model.distributed.use_cuda=no",

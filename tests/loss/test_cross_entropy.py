@@ -220,3 +220,52 @@ def test_narrow_products_are_added_wide_in_stretches() -> None:
     total.fill_(256.0)
     cross_entropy._add_narrow_product(total, a, b, first=False)
     assert torch.equal(total, 256 + a.float() @ b.float())
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("implementation", ["fused", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.1, "logits_scale": 2.0}])
+def test_a_scale_on_the_gradients_leaves_the_loss(
+    implementation: str, dtype: torch.dtype, options: dict[str, float]
+) -> None:
+    """A power of two: gradients are its multiples to the bit, but where fp16 is too coarse for the smaller ones."""
+    plain, scaled = [], []
+    for scale, found in ((1.0, plain), (64.0, scaled)):
+        hidden, weight, labels = inputs(dtype)
+        loss = linear_cross_entropy(
+            hidden, weight, labels, implementation=implementation, gradient_scale=scale, **options
+        )
+        loss.backward()
+        found += [loss.detach(), hidden.grad, weight.grad]
+    assert torch.equal(plain[0], scaled[0])
+    for a, b in zip(plain[1:], scaled[1:]):
+        assert a.dtype == b.dtype == dtype
+        torch.testing.assert_close(
+            b, 64 * a, rtol=0 if dtype != torch.float16 else 1e-2, atol=0.05 * (dtype == torch.float16)
+        )
+
+
+def test_in_fp16_a_scale_keeps_small_gradients() -> None:
+    """Of 30,000 unlikely words: each one's is less than fp16's smallest number, 6e-8."""
+    words, scale = 30_000, 2.0**12
+    hidden = torch.zeros(4, 8, dtype=torch.float16)
+    hidden[:, 0] = 1
+    weight = torch.zeros(words, 8, dtype=torch.float16)
+    weight[0, 0] = 8  # the label; each other word has the probability e^-18, 1.5e-8
+    weight[1:, 0] = -10
+    weight[1:, 1] = 1
+    labels = torch.zeros(4, dtype=torch.int64)
+    exact = weight.double().requires_grad_()
+    linear_cross_entropy(hidden.double(), exact, labels).backward()
+    assert exact.grad is not None
+    errors = []
+    for gradient_scale in (1.0, scale):
+        narrow = weight.clone().requires_grad_()
+        loss = linear_cross_entropy(hidden, narrow, labels, gradient_scale=gradient_scale)
+        loss.backward()
+        assert narrow.grad is not None
+        others, expected = narrow.grad[1:, 0].double() / gradient_scale, exact.grad[1:, 0]
+        errors.append(float((others - expected).norm() / expected.norm()))
+    assert errors[0] == pytest.approx(1)  # there is nothing of them
+    assert errors[1] < 2e-3

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +12,8 @@ from modelyard.loss.cross_entropy import linear_cross_entropy
 from modelyard.model.attention import attend
 from modelyard.model.decoder import Decoder
 from modelyard.model.init import InitStd, initialize
+from modelyard.model.offload import Offload, offload_on
+from modelyard.model.recompute import recompute_blocks
 from tests.model.test_attention import CASES, make
 from tests.model.test_decoder import SMALL, packed
 
@@ -50,3 +55,77 @@ def test_a_training_step_equals_the_cpu(dtype: torch.dtype, tolerance: float) ->
     for name, expected in gradients["cpu"].items():
         error = (gradients["cuda"][name] - expected).norm() / expected.norm()
         assert error < tolerance, name
+
+
+DEEP = replace(SMALL, hidden_size=256, ffn_hidden_size=512, head_size=64, num_layers=12)
+"""Whose inputs take most of the memory."""
+
+
+def offloading(offload: Offload | None) -> Decoder:
+    model = Decoder(DEEP)
+    initialize(model, 0, InitStd.for_architecture(DEEP))
+    model.to("cuda", torch.bfloat16)
+    recompute_blocks(model, "full", offload)
+    return model
+
+
+def backward_at_length(model: Decoder, length: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+    """Loss, gradients, and the most memory that a forward and backward takes beyond what was there, in bytes."""
+    ids = torch.randint(61, (1, length), generator=torch.Generator().manual_seed(1)).cuda()
+    positions = torch.arange(length, device="cuda")[None]
+    cu_seqlens = torch.tensor([[0, length]], dtype=torch.int32)
+    model.zero_grad(set_to_none=True)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss = model(ids, positions, cu_seqlens).float().square().mean()
+    loss.backward()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, peak
+
+
+def test_offloaded_inputs_change_no_bit_and_take_no_memory() -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)  # of flash attention's backward
+    try:
+        length, layers = 16384, DEEP.num_layers
+        kept = offloading(None)
+        plain = [backward_at_length(kept, length) for _ in range(2)][
+            -1
+        ]  # the first makes what libraries keep
+        offload = offload_on(torch.device("cuda"))
+        assert offload is not None
+        model = offloading(offload)
+        runs = [backward_at_length(model, length) for _ in range(4)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for loss, gradients, _ in runs:
+        assert torch.equal(loss, plain[0])
+        for name, gradient in plain[1].items():
+            assert torch.equal(gradients[name], gradient), name
+    one = 2 * length * DEEP.hidden_size
+    # Without: the inputs of all blocks when the last one is recomputed; with: that one's, and the one that comes next.
+    saved = plain[2] - runs[-1][2]
+    assert (layers - 4) * one <= saved <= layers * one, saved / one
+    # Buffers of the first step serve the others, and all are pinned.
+    buffers = [buffer for free in offload._free.values() for buffer in free]
+    assert len(buffers) == layers - 1
+    assert all(buffer.is_pinned() for buffer in buffers)
+
+
+def test_offloading_makes_the_host_wait_no_more_often() -> None:
+    ids, positions, cu_seqlens = packed()
+    ids, positions = ids.cuda(), positions.cuda()
+    waits = []
+    for offload in (None, offload_on(torch.device("cuda"))):
+        model = offloading(offload)
+        for step in range(2):  # the first makes the buffers
+            torch.cuda.set_sync_debug_mode("warn" if step else "default")
+            try:
+                with warnings.catch_warnings(record=True) as seen:
+                    warnings.simplefilter("always")
+                    model(ids, positions, cu_seqlens).float().square().mean().backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits.append(len([w for w in seen if "synchroniz" in str(w.message)]))
+    assert waits[1] == waits[0]

@@ -12,6 +12,7 @@ from itertools import combinations, product
 
 import torch
 
+from modelyard.config.adapter import MODULES, Adapter, Quantization
 from modelyard.config.layout import Layout, Recompute, Schedule
 from modelyard.train.step import LossOptions
 from tests.parallel.matrix import TINY, Case
@@ -38,6 +39,8 @@ WIDE = replace(TINY, full_precision_residual=True)
 """What goes from block to block is in fp32, also where it is computed in bf16."""
 EIGHT_LAYERS = replace(TINY, num_layers=8)
 """For four processes of two stages each."""
+BLOCKS = replace(TINY, hidden_size=256, head_size=64, ffn_hidden_size=256, num_layers=2)
+"""Rows that are whole blocks of 16 weights, in halves too, with eight scales or more."""
 
 
 def layout_of(
@@ -459,6 +462,56 @@ MIXED = [
         L(shard=2, pipeline=2, zero=2, schedule="interleaved", offload=True), architecture=LLAMA, compile=True
     ),
 ]
+LORA = Adapter(2, 4.0, MODULES)
+FEW = Adapter(3, 3.0, ("q_proj", "v_proj"), rank_stabilized=True)
+"""The adapter of the dialect's default: some matrices have none."""
+BESIDE = replace(LORA, freeze_others=False)
+DORA = replace(LORA, dora=True)
+QLORA = replace(LORA, quantization=Quantization(16))
+NARROW = replace(LORA, quantization=Quantization(16, double=True), dora=True)
+"""All of it at once."""
+ADAPTERS = [
+    Case(L(), adapter=LORA),
+    *(Case(L(shard=2, zero=zero), micro_batch_size=1, adapter=LORA) for zero in (1, 2, 3)),
+    *(Case(L(tensor=2, sequence=sequence), adapter=LORA) for sequence in (False, True)),
+    *(Case(L(tensor=2, sequence=sequence), adapter=DORA) for sequence in (False, True)),
+    *(Case(L(tensor=2, sequence=sequence), adapter=BESIDE, data="masked") for sequence in (False, True)),
+    Case(L(tensor=2), adapter=LORA, architecture=STARCODER),
+    Case(L(tensor=2, sequence=True), adapter=FEW, architecture=STARCODER),
+    Case(L(shard=2, zero=3), adapter=DORA, recompute="full"),
+    Case(L(shard=2, zero=3), adapter=FEW, recompute="selective", architecture=TIED),
+    Case(L(shard=2, zero=2), adapter=BESIDE, micro_batch_size=1),
+    Case(L(shard=2, zero=3), adapter=DORA, compile=True),
+    Case(L(tensor=2, sequence=True), adapter=LORA, compile=True),
+    Case(L(shard=2, zero=3, offload=True), adapter=LORA, micro_batch_size=1, data="masked"),
+    Case(L(context=2, zero=2), adapter=LORA, data="long"),
+    Case(L(replicate=2, shard=2, zero=3), adapter=FEW, micro_batch_size=1, architecture=WINDOW),
+    Case(L(shard=2, tensor=2, sequence=True, zero=3), adapter=DORA, micro_batch_size=1, recompute="full"),
+    *(Case(L(pipeline=2, schedule=schedule), adapter=LORA) for schedule in SCHEDULES),
+    Case(L(shard=2, pipeline=2, zero=3, schedule="zbv"), adapter=FEW, micro_batch_size=1),
+    Case(L(pipeline=2, tensor=2, sequence=True), adapter=DORA, architecture=TIED),
+    # the base in four bits
+    Case(L(), adapter=QLORA, architecture=BLOCKS),
+    *(
+        Case(L(shard=2, zero=zero), micro_batch_size=1, adapter=QLORA, architecture=BLOCKS)
+        for zero in (1, 2, 3)
+    ),
+    *(Case(L(tensor=2, sequence=sequence), adapter=QLORA, architecture=BLOCKS) for sequence in (False, True)),
+    Case(L(shard=2, tensor=2, zero=3), adapter=NARROW, architecture=BLOCKS, micro_batch_size=1),
+    Case(L(shard=2, zero=3), adapter=NARROW, architecture=BLOCKS, recompute="full"),
+    Case(L(shard=2, zero=2), adapter=QLORA, architecture=BLOCKS, compile=True),
+    Case(L(pipeline=2), adapter=QLORA, architecture=BLOCKS),
+    Case(L(shard=2, zero=3), adapter=FEW, dtype=torch.bfloat16),
+    Case(L(tensor=2, sequence=True), adapter=replace(FEW, dora=True), dtype=torch.bfloat16),
+    Case(
+        L(shard=2, tensor=2, zero=2),
+        adapter=replace(FEW, quantization=Quantization(16)),
+        architecture=BLOCKS,
+        dtype=torch.bfloat16,
+        micro_batch_size=1,
+    ),
+    Case(L(shard=2, zero=3), adapter=NARROW, architecture=BLOCKS, dtype=torch.bfloat16),
+]
 # Three features that meet in one line of code, which no cover of pairs need have: the mutants say which.
 TRIPLES = [
     Case(L(context=2, tensor=2, sequence=True, zero=3), data="long", architecture=WINDOW),
@@ -467,7 +520,7 @@ TRIPLES = [
     Case(L(pipeline=2, schedule="zero_bubble", zero=3), dtype=torch.bfloat16),
 ]
 CASES: list[Case] = list(
-    dict.fromkeys([*TRIPLES, *DATA, *CONTEXT, *TENSOR, *PIPELINE, *MIXED, *FROZEN, *BF16])
+    dict.fromkeys([*TRIPLES, *DATA, *CONTEXT, *TENSOR, *PIPELINE, *MIXED, *FROZEN, *ADAPTERS, *BF16])
 )
 
 
@@ -495,7 +548,7 @@ def features(case: Case) -> tuple[str, ...]:
         "no bias": not shape.qkv_bias,
         "wide stream": shape.full_precision_residual,
         "window": shape.window_size is not None,
-        "uneven": shape.hidden_size != TINY.hidden_size,
+        "uneven": shape == UNEVEN,
         "z-loss": case.options.z_loss != 0,
         "torch loss": case.options.implementation == "torch",
         "accumulation": case.rows > case.layout.data * case.micro_batch_size,
@@ -503,6 +556,12 @@ def features(case: Case) -> tuple[str, ...]:
         "bf16": case.dtype == torch.bfloat16,
         "frozen": case.frozen != "nothing",
         "head alone": case.frozen == "all but the head",
+        "adapter": case.adapter is not None,
+        "adapter beside": case.adapter is not None and not case.adapter.freeze_others,
+        "dora": case.adapter is not None and case.adapter.dora,
+        "nf4": case.adapter is not None and case.adapter.quantization is not None,
+        "double nf4": case.adapter is not None and case.adapter.quantization == NARROW.quantization,
+        "few adapted": case.adapter is not None and case.adapter.modules == FEW.modules,
     }
     return tuple(name for name, there in found.items() if there)
 
@@ -525,6 +584,14 @@ TOGETHER: set[frozenset[str]] = {
         (("bf16",), ("frozen", "head alone", "wide stream", "tied", "masked data")),
         (("context",), ("whole data", "long data", "masked data", "window")),
         (("accumulation",), (*_STAGES, "offload", "bf16")),
+        (
+            ("adapter",),
+            (*_STAGES, *_KINDS, *_SCHEDULES, "bf16", "compile", "recompute full", "recompute selective"),
+        ),
+        (
+            ("dora", "nf4"),
+            ("shard", "tensor", "tensor with sequence", "zero 3", "bf16", "compile", "recompute full"),
+        ),
         (("no pipeline",), ("bf16", "frozen", "head alone", "offload", "compile")),
     )
     for pair in product(some, others)

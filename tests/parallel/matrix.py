@@ -20,10 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modelyard.config.adapter import Adapter, block_matrices
 from modelyard.config.architecture import Architecture, Rotary
 from modelyard.config.layout import Layout, Recompute
 from modelyard.data.batch import Batch
 from modelyard.dtypes import wide
+from modelyard.model.adapter import QUANTIZED, AdaptedLinear, AdaptedWeights, is_quantized_part
 from modelyard.model.compile import compile_blocks
 from modelyard.model.decoder import Decoder
 from modelyard.model.init import InitStd, initialize
@@ -88,6 +90,8 @@ class Case:
     options: LossOptions = field(default_factory=LossOptions)
     frozen: str = "nothing"
     """What keeps its values: a word of `FROZEN`."""
+    adapter: Adapter | None = None
+    """Trained beside a frozen base; B is not zero at the start, so that A has a gradient in every step."""
     data: str = "packed"
     """Documents of a row: `packed`: many, of 1 to 20 tokens, the further down the row the more of it masked; `long`: of
     any length, most longer than a chunk; `whole`: every row one; `masked`: as packed, and all rows but the last without
@@ -95,7 +99,12 @@ class Case:
 
     @property
     def frozen_names(self) -> frozenset[str]:
-        return frozenset(filter(FROZEN[self.frozen], self.architecture.parameter_shapes()))
+        shapes = self.architecture.parameter_shapes()
+        if self.adapter is not None and self.adapter.freeze_others:
+            return frozenset(shapes) | {
+                f"{m}.{part}" for m in block_matrices(self.architecture) for part in QUANTIZED
+            }
+        return frozenset(filter(FROZEN[self.frozen], shapes))
 
     @property
     def is_one_summand(self) -> bool:
@@ -207,13 +216,15 @@ def _reference(case: Case) -> Trace:
     if case.dtype != torch.float64:
         # Where roundings are part of the result, the truth for many processes is what one process of the program does.
         return _train(case, build(case, alone()), [global_batch(case, step) for step in range(case.steps)])
+    if case.adapter is not None:
+        parameters, effective = _adapted(case)
+    else:
+        parameters = dict(_drawn(case).named_parameters())
+        effective = None
     with torch.device("meta"):
         model = Decoder(case.architecture, backend="dense").to(case.dtype)
-    model.to_empty(device="cpu")
-    initialize(model, SEED, _std(case))
-    parameters = dict(model.named_parameters())
     trace = Trace(_copies(parameters), {name: (slice(None),) * p.dim() for name, p in parameters.items()})
-    for name in case.frozen_names:
+    for name in case.frozen_names & parameters.keys():
         parameters[name].requires_grad_(False)
     trained = [p for p in parameters.values() if p.requires_grad]
     matrices = [p for p in trained if p.dim() >= 2]
@@ -228,8 +239,11 @@ def _reference(case: Case) -> Trace:
     )
     for step in range(case.steps):
         batch = global_batch(case, step)
-        hidden = model(batch.input_ids, batch.positions, batch.cu_seqlens)
-        logits = model.logits(hidden).flatten(0, 1)
+        values = parameters if effective is None else effective()
+        head = "embed_tokens.weight" if case.architecture.tie_word_embeddings else "lm_head.weight"
+        inputs = (batch.input_ids, batch.positions, batch.cu_seqlens)
+        hidden = torch.func.functional_call(model, values, inputs)
+        logits = (hidden @ values[head].t()).flatten(0, 1) * case.architecture.logits_scale
         labels = batch.labels.flatten()
         loss = F.cross_entropy(logits, labels, ignore_index=-100)
         loss = loss + case.options.z_loss * logits[labels != -100].logsumexp(-1).square().mean()
@@ -242,6 +256,73 @@ def _reference(case: Case) -> Trace:
         optimizer.zero_grad()
         trace.parameters.append(_copies(parameters))
     return trace
+
+
+def _drawn(case: Case) -> Decoder:
+    """The first weights of the decoder without an adapter."""
+    with torch.device("meta"):
+        model = Decoder(case.architecture).to(case.dtype)
+    model.to_empty(device="cpu")
+    initialize(model, SEED, _std(case))
+    return model
+
+
+class _InMemory:
+    """A source of weights."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self._tensors = tensors
+
+    def load(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+def adapted_weights(case: Case) -> AdaptedWeights:
+    """What fills the case's adapted decoder: A and B drawn anew, magnitudes near the lengths of rows."""
+    assert case.adapter is not None
+    base = {name: p.detach() for name, p in _drawn(case).named_parameters()}
+    own = {}
+    for name, shape in case.adapter.shapes(case.architecture).items():
+        generator = torch.Generator().manual_seed(int.from_bytes(name.encode(), "little") % 2**31)
+        drawn = torch.empty(shape, dtype=wide(case.dtype)).normal_(0, 0.3, generator=generator)
+        if name.endswith("lora_magnitude"):
+            drawn = base[name.replace("lora_magnitude", "weight")].norm(dim=1) * (1 + 0.1 * drawn)
+        own[name] = drawn
+    sources: Any = _InMemory(base), _InMemory(own)
+    return AdaptedWeights(
+        sources[0], case.adapter, seed=SEED, dtype=case.dtype, device=torch.device("cpu"), first=sources[1]
+    )
+
+
+def _adapted(case: Case) -> tuple[dict[str, nn.Parameter], Callable[[], dict[str, Tensor]]]:
+    """The parameters of an adapted decoder, and the weights that a plain one has to have to compute the same: every adapter
+    multiplied out, with a gradient."""
+    adapter = case.adapter
+    assert adapter is not None
+    model = build(case, alone()).models[0]
+    parameters = {name: nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()}
+    own = adapter.shapes(case.architecture)
+    matrices = {
+        name: module.matrix(case.dtype)
+        for name, module in model.named_modules()
+        if isinstance(module, AdaptedLinear)
+    }
+
+    def effective() -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {
+            n: p for n, p in parameters.items() if n in case.architecture.parameter_shapes()
+        }
+        for name, base in matrices.items():
+            weight = parameters.get(f"{name}.weight", base)
+            if f"{name}.lora_A" in own:
+                weight = weight + adapter.scale * parameters[f"{name}.lora_B"] @ parameters[f"{name}.lora_A"]
+            if f"{name}.lora_magnitude" in own:
+                lengths = weight.detach().square().sum(1).sqrt()
+                weight = (parameters[f"{name}.lora_magnitude"] / lengths)[:, None] * weight
+            values[f"{name}.weight"] = weight
+        return values
+
+    return parameters, effective
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -261,6 +342,9 @@ def _std(case: Case) -> InitStd:
 
 def build(case: Case, mesh: Mesh) -> Parallel:
     """The case's model in the layout of `mesh`, as the program makes it."""
+    fill: Any = lambda model, write: initialize(model, SEED, _std(case), write=write)  # noqa: E731
+    if case.adapter is not None:
+        fill = adapted_weights(case).fill
     with mock.patch("modelyard.parallel.apply.compile_blocks", partial(compile_blocks, backend="aot_eager")):
         return parallelize(
             case.architecture,
@@ -269,8 +353,9 @@ def build(case: Case, mesh: Mesh) -> Parallel:
             recompute=case.recompute,
             compile=case.compile,
             sequence_length=case.sequence_length,
-            fill=lambda model, write: initialize(model, SEED, _std(case), write=write),
+            fill=fill,
             frozen=case.frozen_names,
+            adapter=case.adapter,
         )
 
 
@@ -394,7 +479,8 @@ def compare(
     def check_tensor(kind: str, where: str, name: str, mine: Tensor, expected: Tensor, place: Place) -> None:
         part = expected[place]
         assert mine.shape == part.shape, f"{where}: {kind} of {name}: {mine.shape}, not {part.shape}"
-        assert mine.dtype == part.dtype == wide(case.dtype), f"{where}: {kind} of {name} is {mine.dtype}"
+        kept_as = case.dtype if case.adapter is not None and name in case.frozen_names else wide(case.dtype)
+        assert mine.dtype == part.dtype == kept_as, f"{where}: {kind} of {name} is {mine.dtype}"
         if mine.numel():
             difference = float((mine - part).abs().max())
             check(kind, f"{where}: {kind} of {name}", difference, float(expected.abs().max()))
@@ -405,7 +491,8 @@ def compare(
     assert names <= wanted.initial.keys(), names - wanted.initial.keys()
     for name, tensor in got.initial.items():
         part = wanted.initial[name][got.places[name]]
-        assert torch.equal(tensor, part), f"initial {name}: not bit-equal"
+        assert torch.equal(_bits(tensor), _bits(part)), f"initial {name}: not bit-equal"
+    packed = {name for name in names if is_quantized_part(name)}  # bytes, no numbers
     for step in range(case.steps):
         where = f"step {step}"
         assert got.targets[step] == wanted.targets[step], f"{where}: targets: {got.targets[step]}"
@@ -416,14 +503,18 @@ def compare(
         ):
             here = names - case.frozen_names if kind == "gradient" else names
             assert ours.keys() == here, f"{where}: {kind}: no {sorted(here - ours.keys())}, or too many"
-            for name, tensor in ours.items():
-                check_tensor(kind, where, name, tensor, theirs[name], got.places[name])
+            for name in ours.keys() - packed:
+                check_tensor(kind, where, name, ours[name], theirs[name], got.places[name])
             if kind == "gradient":
                 check("norm", f"{where}: norm", abs(got.norms[step] - wanted.norms[step]), wanted.norms[step])
     for name in names & case.frozen_names:
-        assert torch.equal(got.parameters[-1][name], got.initial[name]), f"{name} is frozen and has changed"
+        before, after = got.initial[name], got.parameters[-1][name]
+        assert torch.equal(_bits(before), _bits(after)), f"{name} is frozen and has changed"
     assert got.final.keys() == names
     for name, tensor in got.final.items():
+        if name in packed:
+            assert torch.equal(_bits(tensor), _bits(wanted.initial[name])), f"gathered {name}"
+            continue
         place = (slice(None),) * tensor.dim()
         check_tensor("parameter", "gathered", name, tensor, wanted.parameters[-1][name], place)
     digests = _digests(got)
@@ -434,6 +525,10 @@ def compare(
         changed = [name for name, digest in digests.items() if other[name] != digest]
         assert not changed, f"a second run gives other bits: {changed}"
     return Answer(worst, digests, got.losses + got.norms)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
 
 
 def _digests(trace: Trace) -> dict[str, str]:

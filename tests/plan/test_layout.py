@@ -75,6 +75,43 @@ def test_every_dimension(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "processes", "amount"),
+    [
+        # Blocks x tokens of a micro-batch x hidden x bytes.
+        ((), 1, "160.0 KiB"),  # 5 x 128 x 64 x 4: the last of 6 stays
+        (("model.distributed.training_dtype=bf16",), 1, "80.0 KiB"),
+        (
+            (
+                "model.distributed.training_dtype=bf16",
+                "model.base_model.transformer.full_precision_residual=yes",
+            ),
+            1,
+            "160.0 KiB",
+        ),
+        (("model.distributed.sequence_data_parallel=2",), 2, "80.0 KiB"),
+        (("model.distributed.pipeline_parallel=3",), 3, "64.0 KiB"),  # 2 blocks; the last process has 1
+        (
+            (
+                "model.distributed.tensor_parallel=2",
+                "model.base_model.transformer.head_groups=2",
+                "model.distributed.sequence_tensor_parallel=yes",
+            ),
+            2,
+            "80.0 KiB",
+        ),
+    ],
+)
+def test_offloaded_inputs(tmp_path: Path, overrides: tuple[str, ...], processes: int, amount: str) -> None:
+    keys = "model.multi_stage={recompute: full, offload_activations: yes}"
+    lines = shown(tmp_path, keys, *overrides, processes=processes)
+    assert lines[-2:] == [
+        "computed again in the backward, every block from its input on",
+        "offloaded from a GPU, every block's input, to the host's memory until the backward: "
+        f"{amount} a process for each micro-batch on its way; on a CPU nothing changes",
+    ]
+
+
 def test_tensor_parallelism_alone_shares_no_copies(tmp_path: Path) -> None:
     lines = shown(
         tmp_path, "model.distributed.tensor_parallel=2", "model.base_model.transformer.head_groups=2"

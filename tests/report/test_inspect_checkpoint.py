@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from modelyard.cli import main
 from modelyard.config.architecture import Architecture, Rotary
 from modelyard.config.loader import load_config
-from modelyard.report.inspect_checkpoint import _architecture_rows, measure
+from modelyard.report.inspect_checkpoint import _architecture_rows
+from modelyard.report.inspect_tensors import measure
 from modelyard.train.checkpoint import Checkpoint, save_checkpoint
 from tests.config.helpers import TINY, write
 
@@ -24,7 +25,7 @@ from tests.config.helpers import TINY, write
 def test_measures_of_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.tensor([[3.0, -4.0], [math.nan, math.inf]], dtype=torch.bfloat16)
     for at_once in (1, 3, 1 << 24):
-        monkeypatch.setattr("modelyard.report.inspect_checkpoint._SLICE", at_once)
+        monkeypatch.setattr("modelyard.report.inspect_tensors._SLICE", at_once)
         found = measure(values)
         assert (found.norm, found.smallest, found.largest) == (5.0, -4.0, 3.0)
         assert (found.nan, found.infinite) == (1, 1)

@@ -418,7 +418,7 @@ def test_sources_that_cannot_be_averaged(
     Path("empty").mkdir()
     assert (
         refused(["good", "empty"], capsys)
-        == "error: empty holds neither a Hugging Face model (config.json) nor a checkpoint"
+        == "error: empty holds neither a Hugging Face model (config.json), nor an adapter (adapter_config.json), nor a checkpoint"
     )
     assert refused(["good"], capsys, to="good") == "error: good exists already; choose another folder or remove it"  # fmt: skip
 

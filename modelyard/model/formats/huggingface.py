@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -81,6 +81,10 @@ class HuggingFaceWeights:
 
     def load(self, name: str) -> Tensor:
         return self._entries[name].load()
+
+    def beginning(self, name: str, count: int) -> Tensor:
+        """The first `count` values of a tensor, in one row; the others are not read."""
+        return self._entries[name].beginning(count)
 
 
 @dataclass(frozen=True)
@@ -165,13 +169,15 @@ def export_huggingface(
     sequence_length: int | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     replace: bool = False,
+    check: Callable[[Path], object] | None = None,
 ) -> None:
     """Write a folder that transformers loads as is; it appears at `destination` complete or not at all.
 
     Tensors are streamed, cast to `dtype` (None: as stored) one at a time. `reference_folder` is the Hugging Face
     folder that training began from: its config keys, generation config and, unless `tokenizer_folder` is given,
     tokenizer are carried along. `sequence_length` (tokens) bounds positions where the architecture says nothing.
-    With `replace`, what is at the destination stays until the new folder is complete.
+    With `replace`, what is at the destination stays until the new folder is complete. `check` is called with the complete
+    folder before it gets its name; what it raises is raised here, and nothing is left of the folder.
     Raises UserError when the destination exists otherwise, the weights do not fit or the family cannot hold the architecture.
     """
     if destination.exists() and not replace:
@@ -199,6 +205,8 @@ def export_huggingface(
         _write_generation_config(temporary / "generation_config.json", reference_folder, ids, stops)
         if tokenizer_folder is not None:
             copy_tokenizer(tokenizer_folder, temporary)
+        if check is not None:
+            check(temporary)
 
 
 def _write_weights(

@@ -47,7 +47,13 @@ class TensorEntry:
 
     def load(self) -> Tensor:
         """The tensor, in memory of its own."""
-        tensor = torch.empty(self.shape, dtype=self.dtype)
+        return self._read(torch.empty(self.shape, dtype=self.dtype))
+
+    def beginning(self, count: int) -> Tensor:
+        """Its first `count` values, or all where there are fewer, in one row."""
+        return self._read(torch.empty(min(count, prod(self.shape)), dtype=self.dtype))
+
+    def _read(self, tensor: Tensor) -> Tensor:
         with self.path.open("rb") as file:
             file.seek(self.offset)
             if file.readinto(_bytes(tensor)) != tensor.nbytes:

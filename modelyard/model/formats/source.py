@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -30,7 +30,13 @@ class WeightSource(Protocol):
 
 def fit_problems(source: WeightSource, architecture: Architecture, where: Path | str) -> list[str]:
     """How the weights differ from what the architecture wants: names missing, without a place, of another shape."""
-    wanted = architecture.parameter_shapes()
+    return shape_problems(source, architecture.parameter_shapes(), where)
+
+
+def shape_problems(
+    source: WeightSource, wanted: Mapping[str, tuple[int, ...]], where: Path | str
+) -> list[str]:
+    """The same for any names and shapes that are wanted."""
     available = set(source.names())
     missing = [name for name in wanted if name not in available]
     extra = sorted(available - wanted.keys())

@@ -25,7 +25,13 @@ _PATTERNS = (
     "NOTICE*",
     "USE_POLICY*",
 )
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""A folder with one of these has a tokenizer."""
 _ROLES = ("bos_token", "eos_token", "pad_token")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZERS)
 
 
 def copy_tokenizer(source: Path, destination: Path) -> None:

@@ -1,0 +1,121 @@
+"""The weights of PEFT's adapter folders under our names, and such folders from our adapters. PEFT is not imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from modelyard.config.adapter import Adapter
+from modelyard.config.adapter_files import BASE_FILE, PEFT_CONFIG, PEFT_WEIGHTS, base_file, peft_config
+from modelyard.config.architecture import Architecture
+from modelyard.errors import UserError
+from modelyard.files import complete_or_absent, write_json
+from modelyard.model.formats.huggingface import huggingface_name
+from modelyard.model.formats.safetensors import FileWriter, TensorEntry, read_entries
+from modelyard.model.formats.source import WeightSource, shape_problems
+from modelyard.model.formats.tokenizer_files import copy_tokenizer
+
+_PREFIX = "base_model.model."
+_PARTS = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "lora_magnitude": "lora_magnitude_vector",
+}
+"""What PEFT calls the parameters of an adapted matrix."""
+
+
+def peft_name(name: str, family: str) -> str:
+    """What PEFT calls our adapter parameter `name` on a model of this family."""
+    matrix, _, part = name.rpartition(".")
+    return f"{_PREFIX}{_module(matrix, family)}.{_PARTS[part]}"
+
+
+def _module(matrix: str, family: str) -> str:
+    return huggingface_name(f"{matrix}.weight", family).removesuffix(".weight")
+
+
+class PeftWeights:
+    """The adapter's parameters by logical name, loaded one at a time, in the type they are stored in."""
+
+    def __init__(self, entries: Mapping[str, TensorEntry]):
+        self._entries = entries
+
+    def names(self) -> Sequence[str]:
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entries[name].dtype
+
+    def load(self, name: str) -> Tensor:
+        return self._entries[name].load()
+
+
+def open_peft(folder: Path, adapter: Adapter, architecture: Architecture, family: str) -> PeftWeights:
+    """The adapter of a PEFT folder on a model of this shape; only the header is read.
+
+    Raises UserError where tensors are missing, have no place in this model or another shape, or are no real numbers.
+    """
+    path = folder / PEFT_WEIGHTS
+    if not path.is_file() and any(folder.glob("adapter_model*.bin")):
+        raise UserError(
+            f"{folder} has its weights as a pickled .bin file, which can run code when read; save it as safetensors first "
+            "(PEFT: save_pretrained)"
+        )
+    # Some versions write `lora_magnitude_vector.weight`.
+    found = {name.replace("_vector.weight", "_vector"): entry for name, entry in read_entries(path).items()}
+    shapes = adapter.shapes(architecture)
+    ours = {peft_name(name, family): name for name in shapes}
+    weights = PeftWeights({ours.get(name, name): entry for name, entry in found.items()})
+    problems = shape_problems(weights, shapes, path)
+    problems += [
+        f"{path}: '{name}' is {str(entry.dtype).removeprefix('torch.')}, no real number"
+        for name, entry in found.items()
+        if not entry.dtype.is_floating_point
+    ][:1]
+    if problems:
+        raise UserError(*problems)
+    return weights
+
+
+def write_peft(
+    source: WeightSource,
+    destination: Path,
+    *,
+    adapter: Adapter,
+    architecture: Architecture,
+    family: str,
+    base_path: Path,
+    fingerprint: str,
+    dtype: torch.dtype | None = None,
+    tokenizer_folder: Path | None = None,
+    replace: bool = False,
+) -> None:
+    """Write a folder that `peft.PeftModel.from_pretrained` loads onto the base; complete or absent.
+
+    `base_path` is the base's folder and `fingerprint` that of its weights. `dtype` None: as the source has them. With
+    `replace`, what is at the destination stays until the new folder is complete. Raises UserError when the destination
+    exists otherwise, or the source lacks parameters.
+    """
+    if destination.exists() and not replace:
+        raise UserError(f"{destination} exists already")
+    shapes = adapter.shapes(architecture)
+    if problems := shape_problems(source, shapes, "the adapter"):
+        raise UserError(*problems)
+    dtypes = {name: dtype or source.dtype(name) for name in shapes}
+    names = sorted(shapes, key=lambda name: -dtypes[name].itemsize)
+    targets = {_module(matrix, family).rpartition(".")[2] for matrix in adapter.matrices(architecture)}
+    with complete_or_absent(destination) as temporary:
+        entries = [(peft_name(name, family), dtypes[name], shapes[name]) for name in names]
+        with FileWriter(temporary / PEFT_WEIGHTS, entries) as writer:
+            for name in names:
+                writer.write(source.load(name).to(dtypes[name]))
+        write_json(temporary / PEFT_CONFIG, peft_config(adapter, sorted(targets), str(base_path)))
+        write_json(temporary / BASE_FILE, base_file(adapter, str(base_path), fingerprint))
+        if tokenizer_folder is not None:
+            copy_tokenizer(tokenizer_folder, temporary)
