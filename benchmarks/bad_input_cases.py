@@ -620,7 +620,7 @@ _simple(
     "generate-nothing",
     "`generate` from a folder without a model",
     ["generate", "data", "--prompt", "a"],
-    "data holds neither a Hugging Face model (config.json) nor a checkpoint",
+    "data holds neither a Hugging Face model (config.json), nor an adapter (adapter_config.json), nor a checkpoint",
 )
 
 
@@ -633,3 +633,166 @@ _simple(
 )
 def _too_big(_: ExitStack) -> list[str]:
     return _train(f"{T}.hidden_size=65536", f"{T}.ffn_hidden_size=262144", f"{T}.num_layers=2000")
+
+
+# Adapters
+
+ADAPTERS = "Adapters"
+ADAPTED = [*CONTINUE, "pretrained.adapter=adapter"]
+MERGE = ["merge", "adapter", "--to", "merged"]
+
+
+def _adapter(*, quantised: bool = False, **config: Any) -> None:
+    """An adapter of `model` in PEFT's form, of rank 2, with these keys of adapter_config.json otherwise."""
+    import json
+
+    import torch
+
+    from modelyard.config.adapter import Adapter, Quantization
+    from modelyard.model.formats import open_huggingface
+    from modelyard.model.formats.peft import write_peft
+    from modelyard.train.models_on_disk import base_fingerprint
+
+    class Zeros:
+        def names(self) -> list[str]:
+            return list(shapes)
+
+        def shape(self, name: str) -> tuple[int, ...]:
+            return shapes[name]
+
+        def dtype(self, name: str) -> torch.dtype:
+            return torch.float32
+
+        def load(self, name: str) -> torch.Tensor:
+            return torch.zeros(shapes[name])
+
+    base, quantization = Path("model"), Quantization(16) if quantised else None
+    model = open_huggingface(base)
+    adapter = Adapter(rank=2, alpha=4.0, modules=("q_proj", "v_proj"), quantization=quantization)
+    shapes = adapter.shapes(model.architecture)
+    write_peft(
+        Zeros(),
+        Path("adapter"),
+        adapter=adapter,
+        architecture=model.architecture,
+        family=model.family,
+        base_path=base,
+        fingerprint=base_fingerprint(base),
+    )
+    file = Path("adapter/adapter_config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+
+
+def _with_adapter(
+    name: str, what: str, words: list[str], *says: str, quantised: bool = False, **config: Any
+) -> None:
+    def provoke(_: ExitStack) -> list[str]:
+        _adapter(quantised=quantised, **config)
+        return list(words)
+
+    _add(ADAPTERS, name, what, *says)(provoke)
+
+
+_with_adapter(
+    "adapter-biases",
+    "an adapter of PEFT's that trains biases too",
+    MERGE,
+    "adapter/adapter_config.json: bias 'all' is not supported (only 'none')",
+    bias="all",
+)
+_with_adapter(
+    "adapter-head",
+    "one that adapts the head",
+    ADAPTED,
+    "target_modules names ['lm_head']: only matrices that every block has are adapted",
+    target_modules=["q_proj", "lm_head"],
+)
+_with_adapter(
+    "adapter-pattern",
+    "one with another rank for some layers",
+    MERGE,
+    "rank_pattern {'q_proj': 4} is not supported: every adapter has one rank here",
+    rank_pattern={"q_proj": 4},
+)
+_with_adapter(
+    "adapter-shape",
+    "one whose file says another rank than its tensors have",
+    MERGE,
+    "'layers.0.self_attn.q_proj.lora_A' has shape [2, 32], the architecture wants [3, 32]",
+    "adapter is no whole adapter of model",
+    r=3,
+)
+_with_adapter(
+    "adapter-rank",
+    "going on with an adapter of another rank than the config's",
+    [*ADAPTED, f"{T}.peft.rank=4"],
+    f"{T}.peft.rank is another than that of pretrained.adapter adapter (2); leave it out",
+)
+_with_adapter(
+    "adapter-as-model",
+    "an adapter as `pretrained.path`",
+    [*CONTINUE, "pretrained.path=adapter"],
+    "adapter is an adapter; write it as pretrained.adapter, and the model that it adapts as pretrained.path",
+)
+_with_adapter(
+    "merge-quantised",
+    "`merge` of an adapter that was trained on a quantised base, without saying onto what",
+    MERGE,
+    "adapter was trained on a quantised base: write `modelyard merge adapter --to merged --onto original`",
+    quantised=True,
+)
+_with_adapter(
+    "merge-over",
+    "`merge` into a folder that exists",
+    [*MERGE[:-1], "model"],
+    "model exists already; choose another",
+)
+_simple(
+    ADAPTERS,
+    "merge-nothing",
+    "`merge` of a model",
+    ["merge", "model", "--to", "merged"],
+    "model is no adapter but a whole model: there is nothing to merge",
+)
+
+
+@_add(
+    ADAPTERS,
+    "adapter-base-changed",
+    "an adapter whose base has other weights by now",
+    "adapter was trained on other weights (model), fingerprint ",
+    "give its own base with --base DIR",
+)
+def _another_base(_: ExitStack) -> list[str]:
+    _adapter()
+    _edit_weights(lambda tensors: tensors[Q].mul_(2))
+    return ["generate", "adapter", "--prompt", "a"]
+
+
+@_add(
+    ADAPTERS,
+    "adapter-base-gone",
+    "an adapter whose base is not here",
+    "adapter adapts 'some/Model-8B', which is no folder here; give the base with --base DIR",
+)
+def _no_base(_: ExitStack) -> list[str]:
+    _adapter(base_model_name_or_path="some/Model-8B")
+    Path("adapter/modelyard_adapter.json").unlink()
+    return ["generate", "adapter", "--prompt", "a"]
+
+
+@_add(
+    ADAPTERS,
+    "adapter-nan",
+    "values that are no numbers in an adapter",
+    "the adapter's 'layers.1.self_attn.v_proj.lora_B' has 1 of ",
+)
+def _broken_adapter(_: ExitStack) -> list[str]:
+    from safetensors.torch import load_file, save_file
+
+    _adapter()
+    file = "adapter/adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"][0, 0] = float("nan")
+    save_file(tensors, file)
+    return MERGE

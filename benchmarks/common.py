@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -43,3 +44,29 @@ def put_into(page: Path, name: str, text: str) -> None:
         raise ValueError(f"{page} has no place for {name}")
     begin = old.index("-->", begin) + len("-->")
     page.write_text(f"{old[:begin]}\n{text}\n{old[end:]}", encoding="utf-8")
+
+
+class FirstAdapter:
+    """An adapter to begin with, as a source of weights: A and B drawn by name, and no B zero, so that every gradient counts.
+
+    The numbers are ones that bf16 has: a peer that narrows some of them loses nothing.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
+        """`shapes` as `Adapter.shapes` gives them."""
+        self._shapes, self._numbers = shapes, {name: number for number, name in enumerate(shapes)}
+
+    def names(self) -> list[str]:
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+    def load(self, name: str) -> torch.Tensor:
+        shape = self._shapes[name]
+        generator = torch.Generator().manual_seed(self._numbers[name])
+        values = torch.randn(shape, generator=generator) * (shape[1] ** -0.5 if name.endswith("A") else 0.02)
+        return values.bfloat16().float()

@@ -70,17 +70,23 @@ def floor(step: Step) -> dict[str, float]:
 
 
 def _forward(tokens: int, outputs: int, inputs: int, dtype: torch.dtype) -> float:
-    x, w, y = (torch.randn(size).to(dtype) for size in ((tokens, inputs), (outputs, inputs), (tokens, outputs)))
+    x, w, y = (
+        torch.randn(size).to(dtype) for size in ((tokens, inputs), (outputs, inputs), (tokens, outputs))
+    )
     return best(lambda: torch.mm(x, w.t(), out=y))
 
 
 def _to_input(tokens: int, outputs: int, inputs: int, dtype: torch.dtype) -> float:
-    x, w, y = (torch.randn(size).to(dtype) for size in ((tokens, inputs), (outputs, inputs), (tokens, outputs)))
+    x, w, y = (
+        torch.randn(size).to(dtype) for size in ((tokens, inputs), (outputs, inputs), (tokens, outputs))
+    )
     return best(lambda: torch.mm(y, w, out=x))
 
 
 def _to_weight(tokens: int, outputs: int, inputs: int, dtype: torch.dtype) -> float:
-    x, w, y = (torch.randn(size).to(dtype) for size in ((tokens, inputs), (outputs, inputs), (tokens, outputs)))
+    x, w, y = (
+        torch.randn(size).to(dtype) for size in ((tokens, inputs), (outputs, inputs), (tokens, outputs))
+    )
     return best(lambda: torch.mm(y.t(), x, out=w))
 
 

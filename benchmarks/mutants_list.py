@@ -432,8 +432,8 @@ PIPELINE = [
     Mutant(
         "every micro-batch has the first one's documents",
         "parallel/pipeline.py",
-        "output = decoder(inputs, part.positions, part.cu_seqlens)",
-        "output = decoder(inputs, part.positions, run.parts[0].cu_seqlens)",
+        "output = decoder(inputs, part.positions, part.cu_seqlens,",
+        "output = decoder(inputs, part.positions, run.parts[0].cu_seqlens,",
         ("pipeline 1f1b",),
     ),
     Mutant(
@@ -501,6 +501,43 @@ RECOMPUTE = [
         "self._output = self._function(*self._inputs)",
         "self._output = self._function(*self._inputs)\n                self._output[0].zero_()",
         ("recompute selective",),
+    ),
+]
+DROPOUT = [
+    Mutant(
+        "left out: every process takes its rows for the first ones",
+        "model/decoder.py",
+        "token_words(context.numbers, self.layer)",
+        "token_words(context.numbers - context.numbers[0], self.layer)",
+        ("dropout", "shard"),
+    ),
+    Mutant(
+        "left out: tokens of a context are numbered from its own first one",
+        "parallel/context.py",
+        "None if batch.numbers is None else cut(batch.numbers)",
+        "None if batch.numbers is None else batch.numbers[:, : 2 * length]",
+        ("dropout", "context"),
+    ),
+    Mutant(
+        "left out: every process takes its features for the first ones",
+        "parallel/tensor.py",
+        "return self.stream.place * features",
+        "return 0",
+        ("dropout", "tensor"),
+    ),
+    Mutant(
+        "left out: every micro-batch has the first one's tokens",
+        "parallel/pipeline.py",
+        "numbers=part.numbers)",
+        "numbers=run.parts[0].numbers)",
+        ("dropout", "pipeline 1f1b"),
+    ),
+    Mutant(
+        "left out: stages count their blocks from 0",
+        "model/decoder.py",
+        "Block(architecture, layer) for layer in layers",
+        "Block(architecture, layer - layers.start) for layer in layers",
+        ("dropout", "pipeline 1f1b"),
     ),
 ]
 # Mistakes that only show where two features meet.
@@ -579,9 +616,9 @@ TOGETHER = [
     Mutant(
         "stages after the first count rotary positions from 0",
         "parallel/pipeline.py",
-        "output = decoder(inputs, part.positions, part.cu_seqlens)",
+        "output = decoder(inputs, part.positions, part.cu_seqlens,",
         "where = part.positions if decoder.is_first else torch.arange(part.positions.shape[1]).expand_as(part.positions)\n"
-        "        output = decoder(inputs, where, part.cu_seqlens)",
+        "        output = decoder(inputs, where, part.cu_seqlens,",
         ("pipeline 1f1b", "context"),
     ),
     Mutant(
@@ -615,4 +652,4 @@ TOGETHER = [
         ("recompute full", "context"),
     ),
 ]
-MUTANTS: list[Mutant] = [*STEP, *DATA, *CONTEXT, *TENSOR, *PIPELINE, *RECOMPUTE, *TOGETHER]
+MUTANTS: list[Mutant] = [*STEP, *DATA, *CONTEXT, *TENSOR, *PIPELINE, *RECOMPUTE, *DROPOUT, *TOGETHER]

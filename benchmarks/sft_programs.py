@@ -250,7 +250,9 @@ def theirs(job: Job, take: Callable[[Answer], None]) -> None:
     if divide is not None:
         refuse_other_tokens(trainer.train_dataset, schedule)
     for parameter in trainer.model.parameters():
-        if parameter.requires_grad:  # over a quantized base TRL narrows the adapter to bf16, and nothing keeps it wide
+        if (
+            parameter.requires_grad
+        ):  # over a quantized base TRL narrows the adapter to bf16, and nothing keeps it wide
             parameter.data = parameter.data.float()
     trainer.train()
 
@@ -313,7 +315,11 @@ def main() -> None:
     def listen() -> None:
         for line in sys.stdin:
             if line.strip() == "memory":
-                print(json.dumps({"peak_bytes": resident("VmHWM"), "imports_bytes": _imports[0]}), file=answers, flush=True)
+                print(
+                    json.dumps({"peak_bytes": resident("VmHWM"), "imports_bytes": _imports[0]}),
+                    file=answers,
+                    flush=True,
+                )
             elif line.strip() == "step":
                 begin[0] = time.perf_counter()
                 return

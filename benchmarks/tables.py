@@ -1,7 +1,7 @@
-"""The tables of docs/speed.md, from what the benchmarks wrote to `benchmarks/results/`.
+"""The tables of docs/speed.md and docs/performance.md, from what the benchmarks wrote to `benchmarks/results/`.
 
     python benchmarks/tables.py            print them
-    python benchmarks/tables.py --write    put them into docs/speed.md
+    python benchmarks/tables.py --write    put them into those pages
 
 A benchmark that has no results is left out, and the page says so.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "speed.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 BEGIN, END = "<!-- tables: written by benchmarks/tables.py --write -->", "<!-- end of the tables -->"
 
 
@@ -227,26 +227,171 @@ def checkpoint(found: dict[str, Any]) -> str:
     return f"{waited_for}\n\n{beside}"
 
 
-SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "train_step": ("A training step", train_step),
-    "sft": ("Fine-tuning", sft),
-    "prepare": ("Preparing data", prepare),
-    "start_up": ("Starting", start_up),
-    "checkpoint": ("Checkpoints", checkpoint),
+def finetune(found: dict[str, Any]) -> str:
+    ratios, absolute, floors = [], [], []
+    for name, result in found["results"].items():
+        for method, measured in result["methods"].items():
+            rows, least = measured["rows"], measured["floor"]
+            ours = rows[measured["ours"]]
+            for layout, against in measured["against"].items():
+                ratios.append(
+                    [
+                        f"{name}, {method}",
+                        f"{layout}: {against['form']}",
+                        f"**{against['speed']:.2f}**",
+                        f"{against['speed_eager']:.2f}",
+                        f"**{against['memory']:.2f}**",
+                        f"{against['memory_whole']:.2f}",
+                    ]
+                )
+            seconds = [least[part] for part in FLOOR_PARTS]
+            floors.append(
+                [
+                    f"{name}, {method}",
+                    *(f"{part:.3f}" for part in (*seconds, sum(seconds))),
+                    f"{least['tokens'] / ours['tokens_per_second']:.3f}",
+                    f"**{measured['of_floor']:.2f}**",
+                    f"{measured['eager_of_floor']:.2f}",
+                ]
+            )
+            for who, row in rows.items():
+                if "failed" in row:
+                    absolute.append([f"{name}, {method}", who, row["failed"], *[""] * 6])
+                    continue
+                absolute.append(
+                    [
+                        f"{name}, {method}",
+                        who,
+                        f"{row['tokens_per_second']:,.0f}",
+                        f"{min(row['seconds']):.2f} to {max(row['seconds']):.2f}",
+                        mib(row["memory_bytes"]),
+                        mib(row["peak_bytes"]),
+                        f"{row['loss'][0]:.4f}",
+                        f"{row['grad_norm'][0]:.4f}",
+                        f"{row['difference']:.0e}",
+                    ]
+                )
+    first = table(
+        (
+            "case",
+            "against TRL, its fastest",
+            "times as fast (target 1.00)",
+            "eager to eager",
+            "of its least memory (target 0.60)",
+            "of its whole process",
+        ),
+        ratios,
+    )
+    second = table(
+        ("case", *FLOOR_PARTS, "the floor, s", "ours, s", "ours / floor (target 1.10)", "eager / floor"),
+        floors,
+    )
+    third = table(
+        (
+            "case",
+            "program",
+            "tokens/s",
+            "s a step",
+            "MiB above imports",
+            "peak MiB",
+            "loss",
+            "gradient norm",
+            "furthest from ours",
+        ),
+        absolute,
+    )
+    versions = next(iter(found["results"].values()))["versions"]
+    named = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "torch")
+    return (
+        f"{first}\n\nAgainst {named}.\n\n{second}\n\n<details><summary>Every program's own figures</summary>\n\n"
+        f"{third}\n\n</details>"
+    )
+
+
+FLOOR_PARTS = ("blocks' products", "adapter's products", "head's products", "attention", "optimizer")
+
+
+def finetune_gpu(found: dict[str, Any]) -> str:
+    speeds = table(
+        (
+            "case",
+            "program",
+            "tokens/s",
+            "MFU",
+            "peak GiB",
+            "loss",
+            "gradient norm",
+            "times TRL's speed",
+            "of its memory",
+        ),
+        [
+            _gpu_row(name, who, row, rows)
+            for name, rows in found["speed"].items()
+            for who, row in rows.items()
+        ],
+    )
+    lengths = table(
+        ("case", "program", "longest document, tokens", "tokens/s at that length"),
+        [
+            [name, who, f"{row['longest']:,}", f"{row.get('tokens_per_second', 0):,.0f}"]
+            for name, rows in found["longest"].items()
+            for who, row in rows.items()
+        ],
+    )
+    named = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    against = f"Against {named}." if "trl" in found["versions"] else "TRL was not installed there."
+    return f"{speeds}\n\n{lengths}\n\n{against}"
+
+
+def _gpu_row(name: str, who: str, row: dict[str, Any], rows: dict[str, Any]) -> list[str]:
+    if "failed" in row:
+        return [name, who, row["failed"], *[""] * 6]
+    ours, ratios = rows["modelyard"], ["", ""]
+    if who != "modelyard" and "failed" not in ours:
+        ratios = [
+            f"{ours['tokens_per_second'] / row['tokens_per_second']:.2f}",
+            f"{ours['peak_bytes'] / row['peak_bytes']:.2f}",
+        ]
+    return [
+        name,
+        who,
+        f"{row['tokens_per_second']:,.0f}",
+        f"{row['mfu_causal']:.1%}" if "mfu_causal" in row else "",
+        f"{row['peak_bytes'] / 2**30:.1f}",
+        f"{row['loss']:.3f}",
+        f"{row['grad_norm']:.3f}",
+        *ratios,
+    ]
+
+
+Section = tuple[str, Callable[[dict[str, Any]], str]]
+PAGES: dict[str, dict[str, Section]] = {
+    "speed.md": {
+        "train_step": ("A training step", train_step),
+        "sft": ("Fine-tuning", sft),
+        "prepare": ("Preparing data", prepare),
+        "start_up": ("Starting", start_up),
+        "checkpoint": ("Checkpoints", checkpoint),
+    },
+    "performance.md": {
+        "finetune": ("On a CPU", finetune),
+        "finetune_gpu": ("On a GPU", finetune_gpu),
+    },
 }
+"""By page of docs/, the results that it shows, in order."""
 
 
-def page() -> str:
-    """All sections, each with the machine and the date of its figures."""
+def page(name: str) -> str:
+    """All sections of a page, each with the machine and the date of its figures."""
     parts = []
-    for name, (title, make) in SECTIONS.items():
-        path = RESULTS / f"{name}.json"
+    for result, (title, make) in PAGES[name].items():
+        path = RESULTS / f"{result}.json"
         if not path.exists():
-            parts.append(f"## {title}\n\nNo results: run `python benchmarks/{name}.py`.")
+            parts.append(f"## {title}\n\nNo results: run `python benchmarks/{result}.py`.")
             continue
         found = json.loads(path.read_text(encoding="utf-8"))
         parts.append(
-            f"## {title}\n\n`python benchmarks/{name}.py`, {found['date']}, {found['device']}, torch "
+            f"## {title}\n\n`python benchmarks/{result}.py`, {found['date']}, {found['device']}, torch "
             f"{found['torch']}:\n\n{make(found)}"
         )
     return "\n\n".join(parts)
@@ -256,14 +401,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="put them into docs/speed.md")
-    if not parser.parse_args().write:
-        print(page())
-        return
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{page()}\n{END}{after}", encoding="utf-8")
-    print(f"wrote {PAGE}")
+    parser.add_argument("--write", action="store_true", help="put them into the pages of docs/")
+    write = parser.parse_args().write
+    for name in PAGES:
+        if not write:
+            print(page(name))
+            continue
+        path = DOCS / name
+        before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+        _, _, after = rest.partition(END)
+        path.write_text(f"{before}{BEGIN}\n{page(name)}\n{END}{after}", encoding="utf-8")
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,16 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from benchmarks.contenders import Case, Contender, build
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,11 +36,12 @@ def test_gpu_script_needs_torch_alone() -> None:
     assert done.stdout.splitlines()[-1] == "8 passed, 0 failed"
 
 
-def test_speed_page_shows_the_results_that_are_there() -> None:
-    from benchmarks.tables import BEGIN, END, PAGE, page
+@pytest.mark.parametrize("name", ["speed.md", "performance.md"])
+def test_pages_show_the_results_that_are_there(name: str) -> None:
+    from benchmarks.tables import BEGIN, DOCS, END, page
 
-    written = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
-    assert written.strip() == page().strip()
+    written = (DOCS / name).read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    assert written.strip() == page(name).strip()
 
 
 @pytest.mark.parametrize("documents", [1, 3])
@@ -93,35 +99,130 @@ def transformers_steps(
 ) -> tuple[list[float], float]:
     """Loss of each step and the norm of the last one's gradient."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    from benchmarks.sft_programs import checksum
-
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    talks = [json.loads(line)["messages"] for line in (folder / "talks.jsonl").open()]
     losses = []
     for rows in steps:
         model.zero_grad()
         total, count = torch.zeros(()), 0
-        for number in (number for row in rows for number in row):
-            made = tokenizer.apply_chat_template(
-                talks[number],
-                chat_template=(folder / "talks.jinja").read_text(),
-                return_assistant_tokens_mask=True,
-                return_dict=True,
-            )
-            ids = torch.tensor(made["input_ids"])
-            labels = ids.where(torch.tensor(made["assistant_masks"]) == 1, -100)
-            assert schedule["lengths"][number] == len(ids)
-            assert schedule["ids"][number] == checksum(ids.tolist())
-            assert schedule["labels"][number] == checksum(labels.tolist())
+        for ids, labels in conversations_of(folder, rows, schedule):
             logits = model(ids[None]).logits[0, :-1]
             total = total + torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum")
             count += int((labels[1:] != -100).sum())
         (total / count).backward()
         losses.append(float(total.detach() / count))
     return losses, float(torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf")))
+
+
+def conversations_of(folder: Path, rows: list[list[int]], schedule: dict) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens and labels of a step's conversations, as their own chat template makes them; asserts that ours are the same."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from benchmarks.sft_programs import checksum
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    talks = [json.loads(line)["messages"] for line in (folder / "talks.jsonl").open()]
+    for number in (number for row in rows for number in row):
+        made = tokenizer.apply_chat_template(
+            talks[number],
+            chat_template=(folder / "talks.jinja").read_text(),
+            return_assistant_tokens_mask=True,
+            return_dict=True,
+        )
+        ids = torch.tensor(made["input_ids"])
+        labels = ids.where(torch.tensor(made["assistant_masks"]) == 1, -100)
+        assert schedule["lengths"][number] == len(ids)
+        assert schedule["ids"][number] == checksum(ids.tolist())
+        assert schedule["labels"][number] == checksum(labels.tolist())
+        yield ids, labels
+
+
+def test_adapter_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our half of finetune.py with an adapter, over a plain base and one in NF4, against PEFT over transformers: loss and
+    gradient norm of the first step on the same conversations, each alone."""
+    from benchmarks import finetune, sft
+
+    monkeypatch.setattr(sft, "SHARED", tmp_path / "absent")
+    case = dataclasses.replace(finetune.quick_case(1), hidden=64, sequence=256)
+    found = finetune.measure(case, tmp_path, ["lora", "qlora"], 1, None, compiled=False)
+    schedule = json.loads((tmp_path / "schedule.json").read_text())
+    for method, result in found["methods"].items():
+        row = result["rows"]["modelyard"]
+        assert row["memory_bytes"] == row["peak_bytes"] - row["imports_bytes"] > 0
+        least = result["floor"]
+        assert least["tokens"] == sum(
+            schedule["lengths"][talk] for talks in schedule["steps"][1] for talk in talks
+        )
+        assert result["of_floor"] == pytest.approx(
+            least["tokens"] / sum(least[part] for part in finetune.PARTS) / row["tokens_per_second"]
+        )
+        loss, norm = peft_step(tmp_path, schedule, quantized=method == "qlora")
+        assert row["loss"][0] == pytest.approx(loss, rel=1e-5)
+        assert row["grad_norm"][0] == pytest.approx(norm, rel=1e-4)
+
+
+def peft_step(folder: Path, schedule: dict, *, quantized: bool) -> tuple[float, float]:
+    """Loss of the first step and the norm of its gradient; a quantized base as the reference formula has it."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from modelyard.model.nf4 import dequantize, quantize
+
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    if quantized:
+        for name, parameter in base.named_parameters():
+            if name.endswith("_proj.weight"):
+                parameter.data = dequantize(quantize(parameter.data), torch.float32)
+    model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
+    total, count = torch.zeros(()), 0
+    for ids, labels in conversations_of(folder, schedule["steps"][0], schedule):
+        logits = model(ids[None]).logits[0, :-1]
+        total = total + torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum")
+        count += int((labels[1:] != -100).sum())
+    (total / count).backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None and bool(p.grad.any()) for p in trained)
+    return float(total.detach() / count), float(torch.nn.utils.clip_grad_norm_(trained, float("inf")))
+
+
+def test_longest_length_that_fits() -> None:
+    """Memory of 5,000 + 7 a token, and a bit that grows with the square: within 3% of the end, in few trials."""
+    from benchmarks.finetune_gpu import longest
+
+    for limit in (100_000, 3_000_000):
+        tried = []
+
+        def memory_at(length: int, limit: int = limit, tried: list[int] = tried) -> int | None:
+            tried.append(length)
+            taken = 5000 + 7 * length + length * length // 1_000_000
+            return taken if taken <= limit else None
+
+        found = longest(memory_at, limit, 2048, 256)
+        assert found % 256 == 0
+        assert memory_at(found) is not None
+        assert memory_at(max(found + 256, found + found // 33)) is None
+        assert len(tried) <= 12
+    assert longest(lambda length: None, 1, 2048, 256) == 0
+    assert longest(lambda length: 1 if length < 3000 else None, 10, 2048, 256) == 2816
+
+
+def test_gpu_script_of_fine_tuning_needs_torch_alone() -> None:
+    program = (
+        "import runpy, sys\n"
+        "for name in ('pydantic', 'transformers', 'datasets', 'yaml', 'safetensors', 'tokenizers', 'rich'):\n"
+        "    sys.modules[name] = None\n"
+        "sys.argv = ['finetune_gpu.py', '--cpu', '--no-peers']\n"
+        "runpy.run_path('benchmarks/finetune_gpu.py', run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "rehearsed"
+    assert done.stdout.count("192 tokens, 4 trials") == 3
 
 
 def test_a_peer_that_is_missing(tmp_path: Path) -> None:

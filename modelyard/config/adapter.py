@@ -84,6 +84,18 @@ class Adapter:
         return sum(math.prod(shape) for shape in self.shapes(architecture).values())
 
 
+def matmul_flops_per_token(architecture: Architecture, adapter: Adapter | None) -> int:
+    """Forward and backward FLOPs of the matrix products with weights, per token.
+
+    Of frozen matrices the forward and the gradient of what goes in (2 + 2 a weight), of trained ones also their own (6).
+    """
+    base = architecture.matmul_flops_per_token()
+    if adapter is None:
+        return base
+    own = 6 * sum(adapter.rank * (rows + width) for rows, width in adapter.matrices(architecture).values())
+    return own + (base // 6 * 4 if adapter.freeze_others else base)
+
+
 def block_matrices(architecture: Architecture) -> dict[str, tuple[int, int]]:
     """Name (`layers.0.self_attn.q_proj`) and [out, in] of every matrix of every block."""
     found: dict[str, tuple[int, int]] = {}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -169,15 +170,24 @@ def _modules(targets: str | Sequence[str]) -> tuple[str, ...]:
     if isinstance(targets, str):
         return MODULES
     named = {_module(target) for target in targets}
-    return tuple(module for module in MODULES if module in named)
+    return tuple(module for module in MODULES if (module, None) in named or (module, 0) in named)
 
 
-def _module(target: str) -> str | None:
-    """The matrix of every block that a target module means: `q_proj`, `self_attn.q_proj`; None for anything else."""
-    parent, _, last = target.rpartition(".")
+def _module(target: str) -> tuple[str, int | None] | None:
+    """The matrix that a target module means, and its layer, None for all: `q_proj`, `self_attn.q_proj`,
+    `model.layers.0.self_attn.q_proj`. None for anything else."""
+    found = _TARGET.fullmatch(target)
+    if found is None:
+        return None
+    layer, parent, last = found.groups()
     module = _OTHER_NAMES.get(last, last)
     inside = "self_attn" if module in MODULES[:4] else "mlp"
-    return module if module in MODULES and parent in ("", inside) else None
+    if module not in MODULES or parent not in (None, inside):
+        return None
+    return module, None if layer is None else int(layer)
+
+
+_TARGET = re.compile(r"(?:model\.layers\.(\d+)\.)?(?:(\w+)\.)?(\w+)")
 
 
 def _unsupported(config: Mapping[str, Any]) -> list[str]:
@@ -220,12 +230,18 @@ def _target_problems(targets: Any) -> list[str]:
         ]
     if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
         return [f"target_modules should be a list of modules' names, not {_short(targets)}"]
-    other = [target for target in targets if _module(target) is None]
-    if not other:
-        return []
-    return [
-        f"target_modules names {_short(other)}: only matrices that every block has are adapted ({', '.join(MODULES)})"
-    ]
+    if other := [target for target in targets if _module(target) is None]:
+        return [
+            f"target_modules names {_short(other)}: only matrices that every block has are adapted ({', '.join(MODULES)})"
+        ]
+    named = [found for target in targets if (found := _module(target))]
+    layers = {layer for _, layer in named if layer is not None}
+    for module in dict.fromkeys(module for module, _ in named):
+        of_module = {layer for name, layer in named if name == module}
+        # Whether they are all that the model has, the tensors show.
+        if None not in of_module and of_module != set(range(max(layers) + 1)):
+            return [f"target_modules names {module} of some layers alone; every block is adapted here"]
+    return []
 
 
 def _short(value: Any) -> str:

@@ -20,10 +20,10 @@ from modelyard.config.layout import without_effect as nothing_to_lay_out
 from modelyard.config.model import architecture_of, architecture_problems
 from modelyard.config.neighbours import NoEffect, take_neighbours
 from modelyard.config.newest import BATCH_SIZE, DIALECT
+from modelyard.config.peft import peft_export_problem, peft_problems
 from modelyard.config.prepare import PrepareConfig
 from modelyard.config.problems import explain, faulty_paths, shown
 from modelyard.config.reading import Kind, Reading, read_documents
-from modelyard.config.peft import peft_export_problem, peft_problems
 from modelyard.config.scales import scale_problems
 from modelyard.config.starting import BASE_MODEL, shape_is_absent, starting_point
 from modelyard.config.train import TrainConfig

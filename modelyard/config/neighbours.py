@@ -74,6 +74,11 @@ NO_EFFECT = (
     ),
     NoEffect("model.multi_stage.num_weight_buffers", int, "as num_grad_buffers"),
     NoEffect("model.multi_stage.full_precision_gradients", bool, "gradients are always summed in float32"),
+    NoEffect(
+        "model.multi_stage.store_frozen_weights_in_optimization_precision",
+        bool,
+        "what is frozen beside an adapter is kept in the type that is computed in, the rest in float32",
+    ),
     NoEffect(f"{_DISTRIBUTED}.reproducible_init", bool, "initial weights never depend on the layout"),
     NoEffect("run.experiment_name", str, "a label; the folder's name is the run's"),
     NoEffect("run.model_debug_level", int, "nothing is logged of the layers' inside"),
@@ -168,9 +173,6 @@ NOT_BUILT = (
     ),
     NotBuilt(
         "model.multi_stage.stages_per_pipeline_stage", (1,), "write model.distributed.stages_per_process"
-    ),
-    NotBuilt(
-        "model.multi_stage.store_frozen_weights_in_optimization_precision", (True,), "no weights are frozen"
     ),
     NotBuilt("model.multi_stage.compile_all", (False,), "the program decides what is compiled"),
     NotBuilt(

@@ -49,7 +49,10 @@ _ONE_RATE = Only(
     (None, 1, 1.0),
     "only embeddings, mixer, mlp and head.output_weight have an lr_scale of their own here; leave it out",
 )
-_NO_LORA = Only((None, False), "which matrices have an adapter is said once: leave it out, and write base_model.peft.layers")
+_NO_LORA = Only(
+    (None, False),
+    "which matrices have an adapter is said once: leave it out, and write base_model.peft.layers",
+)
 _NO_DROPOUT = Only((None, 0, 0.0), "dropout is not supported; write dropout: 0")
 _STANDARD_START = Only(_DEFAULT_START, "norms start at one and biases at zero; leave it out")
 _ALIKE = "all blocks are alike here"

@@ -22,7 +22,7 @@ class PeftConfig(Section):
     alpha: float = Field(default=8.0, gt=0)
     """What an adapter gives is multiplied by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of an adapter's inputs that are left out in training."""
+    """Share of an adapter's inputs that are left out in training: the same ones however processes share the work."""
     layers: list[str] = Field(default_factory=lambda: ["query", "value"])
     """Which matrices have an adapter: query, key, value, key_value, dense (the attention's output), mlp_1 (gate and up),
     mlp_2 (down), or all. All of them learn most."""
@@ -74,6 +74,21 @@ def adapter_words(adapter: Adapter) -> str:
     )
     where = "every matrix of the blocks" if adapter.modules == MODULES else ", ".join(adapter.modules)
     return f"{kind} of rank {adapter.rank} on {where}"
+
+
+def quantization_words(how: Quantization, architecture: Architecture) -> str:
+    """How a quantized base is kept, and what its matrices take: `nf4 in blocks of 64, 4.50 bits a weight: 3.6 GiB`."""
+    matrices = block_matrices(architecture).values()
+    weights = sum(rows * width for rows, width in matrices)
+    if how.double:
+        held = weights // 2 + weights // how.block + sum(8 * rows for rows, _ in matrices)
+    else:
+        held = weights // 2 + weights // how.block * 4
+    scales = ", scales in 8 bits" if how.double else ""
+    return (
+        f"nf4 in blocks of {how.block}{scales}: {8 * held / weights:.2f} bits a weight, {held / 2**30:.2f} GiB for the blocks' "
+        "matrices"
+    )
 
 
 def peft_problems(

@@ -32,6 +32,8 @@ class Batch:
     kinds: Tensor | None = None
     """Uint8 [rows, sequence]: what each position's next token is in its conversation (`modelyard.chat.segments.lane_value`); None
     where no row is of conversations."""
+    numbers: Tensor | None = None
+    """Int64 [rows, sequence]: which tokens of the run these are, to a dropout (`modelyard.model.dropout`); None: none."""
 
     @classmethod
     def empty(cls, rows: int, sequence_length: int) -> Batch:
@@ -54,6 +56,7 @@ class Batch:
             self.positions[begin:end],
             cu_seqlens[:, :width],
             None if self.kinds is None else self.kinds[begin:end],
+            None if self.numbers is None else self.numbers[begin:end],
         )
 
     def to(self, device: torch.device | str) -> Batch:
@@ -64,6 +67,7 @@ class Batch:
             self.positions.to(device),
             self.cu_seqlens,
             None if self.kinds is None else self.kinds.to(device),
+            None if self.numbers is None else self.numbers.to(device),
         )
 
     def __len__(self) -> int:

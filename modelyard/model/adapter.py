@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from modelyard.config.adapter import MODULES, Adapter, Quantization, is_adapter_parameter
 from modelyard.dtypes import wide
-from modelyard.model.decoder import Decoder, local
+from modelyard.model.decoder import Block, Decoder, local
+from modelyard.model.dropout import dropped_product
 from modelyard.model.init import key
 from modelyard.model.nf4 import Quantized, dequantize, frozen_product, quantize
 
@@ -42,6 +43,10 @@ class AdaptedLinear(nn.Linear):
     lora_magnitude: nn.Parameter | None
     is_on: bool
     """Whether the adapter takes part; without it this is the base."""
+    kind: str
+    """Which matrix of a block this is: `q_proj`."""
+    words: Tensor | None = None
+    """In a forward that leaves some of the adapter's inputs out: what `modelyard.model.dropout.token_words` gives."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [tokens, in] -> [tokens, out]."""
@@ -62,6 +67,10 @@ class AdaptedLinear(nn.Linear):
         """Squared lengths of what is here of each row -> of the whole rows; a layout that cuts rows has its own."""
         return squares
 
+    def first_feature(self, features: int) -> int:
+        """Which of the matrix's inputs is the first of the `features` that are here; likewise."""
+        return 0
+
     def _base(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.weight is not None:
             return F.linear(x, local(self.weight), bias)
@@ -69,6 +78,10 @@ class AdaptedLinear(nn.Linear):
         return y if bias is None else y + bias
 
     def _low_rank(self, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        if self.words is not None:
+            first = self.first_feature(x.shape[1])
+            low = dropped_product(x, a, self.words, self.kind, first, self.adapter.dropout)
+            return torch.addmm(self._base(x, bias), low, b.t(), alpha=scale)
         if self.weight is None or torch.compiler.is_compiling():
             return torch.addmm(self._base(x, bias), F.linear(x, a), b.t(), alpha=scale)
         y: Tensor = _LowRank.apply(x, local(self.weight), bias, a, b, scale)
@@ -140,7 +153,7 @@ def adapt(model: Decoder, adapter: Adapter, dtype: torch.dtype) -> None:
         assert isinstance(module, nn.Linear)
         module.__class__ = AdaptedLinear
         assert isinstance(module, AdaptedLinear)
-        module.adapter, module.is_on = adapter, True
+        module.adapter, module.is_on, module.kind = adapter, True, kind
         if adapter.quantization is not None:
             module.weight = None  # type: ignore[assignment]
             shape = (module.out_features, module.in_features)
@@ -158,6 +171,11 @@ def adapt(model: Decoder, adapter: Adapter, dtype: torch.dtype) -> None:
                 nn.Parameter(torch.empty(shapes[part], device="meta")) if adapted and part in shapes else None
             )
             module.register_parameter(part, value)
+    if adapter.dropout:
+        for block in model.layers.values():
+            assert isinstance(block, Block)
+            layers = [module for module in block.modules() if isinstance(module, AdaptedLinear)]
+            block.with_dropout = [layer for layer in layers if layer.lora_A is not None]
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

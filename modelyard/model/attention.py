@@ -116,6 +116,8 @@ def _varlen_obstacle(q: Tensor) -> str | None:
         return "needs CUDA"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"needs bf16 or fp16, not {q.dtype}"
+    if (capability := torch.cuda.get_device_capability(q.device)) < (8, 0):
+        return f"needs a GPU of compute capability 8.0 or newer, not {capability[0]}.{capability[1]}"
     if q.shape[2] % 8 or q.shape[2] > 256:
         return f"needs a head size that is a multiple of 8 and at most 256, not {q.shape[2]}"
     return None

@@ -6,8 +6,8 @@ Parameters have the logical names of `Architecture.parameter_shapes`. Inside, ro
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from modelyard.model import attention
 from modelyard.model.activations import ACTIVATIONS
 from modelyard.model.attention import Backend, Segments, flatten_boundaries, one_document
 from modelyard.model.cache import KeyValueCache, LayerCache
+from modelyard.model.dropout import token_words
 from modelyard.model.elementwise import rms_norm, rotate, swiglu
 from modelyard.model.recompute import cheap
 from modelyard.model.rotary import rotary_table
@@ -34,6 +35,8 @@ class Context(NamedTuple):
     attend: attention.Attention
     rotary: tuple[Tensor, Tensor] | None
     """cos and sin, each [tokens, 1, head_size / 2]."""
+    numbers: Tensor | None = None
+    """Which tokens these are, int64 [tokens] (`modelyard.model.dropout`); None where nothing is left out."""
 
 
 def local(parameter: Tensor) -> Tensor:
@@ -151,9 +154,19 @@ def feed_forward(architecture: Architecture) -> nn.Module:
     return MLP(architecture) if is_swiglu else OtherMLP(architecture)
 
 
+class TakesWords(Protocol):
+    """A matrix that leaves some of its inputs out."""
+
+    words: Tensor | None
+    """Of `token_words`: which they are in the forward that runs; None: none."""
+
+
 class Block(nn.Module):
+    with_dropout: Sequence[TakesWords] = ()
+
     def __init__(self, architecture: Architecture, layer: int = 0):
         super().__init__()
+        self.layer = layer
         self.input_layernorm = normalization(architecture)
         self.self_attn = Attention(architecture, layer)
         self.post_attention_layernorm = normalization(architecture)
@@ -165,6 +178,10 @@ class Block(nn.Module):
         Attention is all that depends on where documents lie; what comes before and after it has fixed shapes, and can
         be compiled (`compile_blocks`).
         """
+        if self.with_dropout:
+            words = None if context.numbers is None else token_words(context.numbers, self.layer)
+            for matrix in self.with_dropout:
+                matrix.words = words
         q, k, v = self.before_attention(x, context.rotary)
         if cache is not None:
             k, v = cache.append(k, v)
@@ -233,12 +250,14 @@ class Decoder(nn.Module):
         positions: Tensor,
         cu_seqlens: Tensor,
         cache: KeyValueCache | None = None,
+        numbers: Tensor | None = None,
     ) -> Tensor:
         """Token ids and positions int64 [rows, sequence] -> hidden states [rows, sequence, hidden].
 
         A part that is not the first takes hidden states [tokens, hidden] for the ids; one that is not the last gives them.
         cu_seqlens int32 [rows, max_documents + 1], on the host: where each row's documents begin (see
-        `flatten_boundaries`). With a `cache` the row continues the tokens that the cache holds.
+        `flatten_boundaries`). With a `cache` the row continues the tokens that the cache holds. `numbers` int64 [rows,
+        sequence] tell tokens apart to a dropout (`token_numbers`); without there is none.
         """
         x = self.embed(inputs, positions) if self.is_first else inputs
         if cache is None:
@@ -253,7 +272,7 @@ class Decoder(nn.Module):
             positions.flatten(),
             dtype=self.rotary_dtype or wide(x.dtype),
         )
-        context = Context(attend, table)
+        context = Context(attend, table, None if numbers is None else numbers.flatten())
         for number, layer in self.layers.items():
             x = layer(x, context, cache.layers[int(number)] if cache is not None else None)
         return self.norm(x).view(*positions.shape, -1) if self.is_last else x

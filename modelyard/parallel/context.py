@@ -59,8 +59,14 @@ def split(batch: Batch, mesh: Mesh) -> Batch:
         chunks = rows.split(length, 1)
         return torch.cat([chunks[first], chunks[second]], 1)
 
-    kinds = None if batch.kinds is None else cut(batch.kinds)
-    return Batch(cut(batch.input_ids), cut(batch.labels), cut(batch.positions), batch.cu_seqlens, kinds)
+    return Batch(
+        cut(batch.input_ids),
+        cut(batch.labels),
+        cut(batch.positions),
+        batch.cu_seqlens,
+        None if batch.kinds is None else cut(batch.kinds),
+        None if batch.numbers is None else cut(batch.numbers),
+    )
 
 
 # --- which keys the queries of a process see --------------------------------------------------------------------

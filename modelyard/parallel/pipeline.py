@@ -259,7 +259,7 @@ class _Part(nn.Module):
         part = run.parts[int(number)]
         run.phase("forward")
         inputs = part.input_ids if decoder.is_first else inputs
-        output = decoder(inputs, part.positions, part.cu_seqlens)
+        output = decoder(inputs, part.positions, part.cu_seqlens, numbers=part.numbers)
         if not decoder.is_last:
             return output.contiguous()
         return _LossInBackward.apply(output, partial(_loss, decoder, part, run))

@@ -176,6 +176,9 @@ class _AdaptedByColumns(AdaptedLinear):
     def summed_squares(self, squares: Tensor) -> Tensor:
         return self.stream.total(squares)
 
+    def first_feature(self, features: int) -> int:
+        return self.stream.place * features
+
 
 class _WordEmbedding(nn.Embedding):
     stream: _Stream
@@ -238,9 +241,10 @@ def _forward(
     positions: Tensor,
     cu_seqlens: Tensor,
     cache: KeyValueCache | None = None,
+    numbers: Tensor | None = None,
 ) -> Tensor:
     stream.begin(positions.numel())
-    return forward(inputs, positions, cu_seqlens, cache)
+    return forward(inputs, positions, cu_seqlens, cache, numbers)
 
 
 # --- vocabulary -------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from modelyard.config.adapter import matmul_flops_per_token
 from modelyard.config.architecture import Architecture
 from modelyard.config.disk import (
     checkpoint_bytes,
@@ -25,6 +26,7 @@ from modelyard.config.layout import layout_of, possible_worlds, shape_problems, 
 from modelyard.config.loader import Loaded
 from modelyard.config.model import base_model_of
 from modelyard.config.optimizer import LearningRateConfig
+from modelyard.config.peft import adapter_of, adapter_words, quantization_words
 from modelyard.config.prepare import PrepareConfig
 from modelyard.config.pretrained import unreadable_weights
 from modelyard.config.scales import rate_scales
@@ -146,7 +148,8 @@ def _model_rows(config: TrainConfig, architecture: Architecture | None) -> list[
         ("starts from", start),
         (
             "types",
-            f"{config.model.distributed.training_dtype} compute, {_master(config)} weights and optimizer",
+            f"{config.model.distributed.training_dtype} compute, {_master(config)} weights and optimizer"
+            + (", moments in 8 bits between steps" if config.optimizer.state == "8bit" else ""),
         ),
         ("export format", f"{export}: {holds} hold {what}" if export else "none (no exports)"),
     ]
@@ -166,19 +169,25 @@ def _kind(architecture: Architecture) -> str:
 
 
 def _trained_rows(config: TrainConfig, architecture: Architecture) -> list[tuple[str, str]]:
-    """How many parameters are trained, where that is not all of them."""
+    """What is trained, where that is not all of the parameters."""
     default = config.optimizer.default_learning_rate_scale
     scales = rate_scales(config.model.base_model, architecture, 1.0 if default is None else default)
-    shapes = architecture.parameter_shapes()
+    adapter = adapter_of(config.model.base_model.transformer.peft)
+    shapes = architecture.parameter_shapes() | (adapter.shapes(architecture) if adapter else {})
     frozen = sum(prod(shapes[name]) for name, scale in scales.items() if scale == 0)
-    if not frozen:
-        return []
-    return [
-        (
-            "trained",
-            f"{architecture.parameter_count() - frozen:,} ({frozen:,} frozen by a learning-rate scale of 0)",
+    trained = sum(map(prod, shapes.values())) - frozen
+    rows = []
+    if adapter is not None:
+        own, whole = adapter.parameter_count(architecture), architecture.parameter_count()
+        rows.append(
+            ("adapter", f"{adapter_words(adapter)}: {own:,} parameters ({own / whole:.2%} of the base's)")
         )
-    ]
+        if (how := adapter.quantization) is not None:
+            rows.append(("base", quantization_words(how, architecture)))
+    if frozen:
+        why = "beside an adapter" if adapter and adapter.freeze_others else "by a learning-rate scale of 0"
+        rows.append(("trained", f"{trained:,} ({frozen:,} frozen {why})"))
+    return rows
 
 
 def _master(config: TrainConfig) -> str:
@@ -273,7 +282,7 @@ def _source_text(name: str, facts: dict[str, Any]) -> str:
 
 def _compute_rows(config: TrainConfig, architecture: Architecture) -> list[tuple[str, str]]:
     length = config.batch.sequence_length
-    products = architecture.matmul_flops_per_token()
+    products = matmul_flops_per_token(architecture, adapter_of(config.model.base_model.transformer.peft))
     causal = products + architecture.attention_flops_per_token(length, causal=True)
     full = products + architecture.attention_flops_per_token(length, causal=False)
     tokens = config.batch.tokens * config.training.train_iters
@@ -292,7 +301,7 @@ def _disk_rows(config: TrainConfig, architecture: Architecture) -> list[tuple[st
         ("export", export, export_bytes(config, architecture)),
     ):
         written, at_a_time = saves(config, section)
-        what = "weights + 2 Adam moments" if name == "checkpoint" else config.training.export.data_type
+        what = _checkpointed(config) if name == "checkpoint" else config.training.export.data_type
         often = f"{written:,} written, at most {at_a_time:,} at a time" if written else "none (no interval)"
         rows.append((name, f"{size(each)} ({what}); {often}"))
     needed, free = run_bytes(config, architecture), free_bytes(config)
@@ -300,6 +309,12 @@ def _disk_rows(config: TrainConfig, architecture: Architecture) -> list[tuple[st
         ("the run writes", f"up to {size(needed)}; {size(free)} free for {config.run.experiment_dir}")
     )
     return rows
+
+
+def _checkpointed(config: TrainConfig) -> str:
+    adapter = adapter_of(config.model.base_model.transformer.peft)
+    alone = adapter is not None and adapter.freeze_others
+    return "the adapter + 2 Adam moments" if alone else "weights + 2 Adam moments"
 
 
 def _odd_lengths(config: TrainConfig) -> list[str]:

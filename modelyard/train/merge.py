@@ -201,14 +201,21 @@ def compare(
         x = block(x, positions, boundaries)
         return block.logits(x)[0] if block.is_last else x
 
+    def through(layer: int, load: Callable[[str], Tensor], x: Tensor) -> Tensor:
+        block = part(layer, load)
+        x = forward(block, x)
+        block.to("meta")  # a decoder refers to itself: its memory would wait for the garbage collector
+        return x
+
     with_adapter = without = in_fp32 = from_disk = inputs
     for layer in range(architecture.num_layers):
         block = part(layer, either, applied)
         with_adapter = forward(block, with_adapter)
         with adapter_off(block):
             without = forward(block, without)
-        in_fp32 = forward(part(layer, merged.load), in_fp32)
-        from_disk = forward(part(layer, as_written), from_disk)
+        block.to("meta")
+        in_fp32 = through(layer, merged.load, in_fp32)
+        from_disk = through(layer, as_written, from_disk)
 
     def difference(other: Tensor) -> float:
         return float((with_adapter - other).abs().max())

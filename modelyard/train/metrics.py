@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from modelyard.config.adapter import Adapter, matmul_flops_per_token
 from modelyard.config.architecture import Architecture
 from modelyard.files import replace_text
 from modelyard.train.appending import AppendedFile
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from modelyard.train.board import Board
     from modelyard.train.state import Run
 
-# Dense bf16 peaks in FLOP/s, from the vendors' data sheets (never the figures "with sparsity").
+# Dense peaks in FLOP/s of bf16, which those of fp16 equal, from the vendors' data sheets (never the figures "with sparsity").
 PEAK_BF16_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -36,6 +37,9 @@ PEAK_BF16_FLOPS = {
     "RTX 4090": 165.2e12,
 }
 
+# Of GPUs that have fp16 and no bf16.
+PEAK_FP16_FLOPS = {"V100": 125e12, "Tesla T4": 65e12}
+
 MOSTLY_TRAINED = 0.9
 """Share of a step's positions that are trained on below which the log line says it: of conversations it is part of the picture,
 of texts a sign that something is wrong."""
@@ -45,10 +49,11 @@ STARVED = 0.1
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Dense peak of the device in FLOP/s, or None where it is not known for this dtype."""
-    if device.type != "cuda" or dtype != torch.bfloat16:
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
+    known = PEAK_BF16_FLOPS | (PEAK_FP16_FLOPS if dtype == torch.float16 else {})
+    return next((peak for part, peak in known.items() if part in name), None)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -60,24 +65,37 @@ def peak_memory(device: torch.device) -> int:
 
 
 def model_flops_per_second(
-    architecture: Architecture, sequence_length: int, tokens_per_second: float, *, causal: bool = True
+    architecture: Architecture,
+    sequence_length: int,
+    tokens_per_second: float,
+    *,
+    causal: bool = True,
+    adapter: Adapter | None = None,
 ) -> float:
     """FLOP/s that the model needs at this speed, forward and backward, nothing counted twice.
 
-    `causal` counts the triangle of the attention; otherwise the square.
+    `causal` counts the triangle of the attention; otherwise the square. Beside an `adapter` frozen matrices have no gradient
+    to be computed.
     """
     attention = architecture.attention_flops_per_token(sequence_length, causal=causal)
-    return tokens_per_second * (architecture.matmul_flops_per_token() + attention)
+    return tokens_per_second * (matmul_flops_per_token(architecture, adapter) + attention)
 
 
 def utilization(
-    architecture: Architecture, sequence_length: int, tokens_per_second: float, peak: float | None
+    architecture: Architecture,
+    sequence_length: int,
+    tokens_per_second: float,
+    peak: float | None,
+    *,
+    adapter: Adapter | None = None,
 ) -> dict[str, float]:
     """Model FLOP/s over the peak: `mfu_causal` counts the triangle of the attention, `mfu_full` the square."""
     if peak is None:
         return {}
     return {
-        f"mfu_{name}": model_flops_per_second(architecture, sequence_length, tokens_per_second, causal=causal)
+        f"mfu_{name}": model_flops_per_second(
+            architecture, sequence_length, tokens_per_second, causal=causal, adapter=adapter
+        )
         / peak
         for name, causal in (("causal", True), ("full", False))
     }
@@ -243,8 +261,10 @@ def training_record(
         **({} if run.scaler is None else {"loss_scale": run.scaler.scale}),
         "data_wait_share": meter.data_wait / meter.seconds,
         "memory_bytes": run.world.largest(peak_memory(run.device)),
-        "model_flops_per_second": model_flops_per_second(run.architecture, length, speed),
-        **utilization(run.architecture, length, speed / run.world.size, peak),
+        "model_flops_per_second": model_flops_per_second(
+            run.architecture, length, speed, adapter=run.adapter
+        ),
+        **utilization(run.architecture, length, speed / run.world.size, peak, adapter=run.adapter),
         "seconds": run.clock.read(),
     }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modelyard.config.adapter import Adapter, is_adapter_parameter
-from modelyard.config.adapter_files import StoredAdapter, is_peft_folder, stored_adapter
+from modelyard.config.adapter_files import PEFT_WEIGHTS, StoredAdapter, is_peft_folder, stored_adapter
 from modelyard.config.architecture import Architecture
 from modelyard.config.huggingface import FAMILIES, read_config
 from modelyard.config.pretrained import model_tokenizer, natural_family, reference_folder
@@ -224,16 +224,19 @@ _KIND = ("rank", "alpha", "rank_stabilized", "dora")
 
 def _adapter_weights(stored: StoredAdapter, base: OpenModel, checkpoint: Checkpoint | None) -> WeightSource:
     """The parameters of an adapter by logical name. Raises UserError where those are not the ones that `base` can have."""
-    try:
-        if checkpoint is None:
-            return open_peft(stored.folder, stored.adapter, base.architecture, base.family)
+    weights: WeightSource
+    if checkpoint is None:
+        weights = open_peft(stored.folder, stored.adapter, base.architecture, base.family)
+    else:
         weights = _Part(checkpoint, [name for name in checkpoint.names() if is_adapter_parameter(name)])
-        if problems := shape_problems(weights, stored.adapter.shapes(base.architecture), stored.folder):
-            raise UserError(*problems)
-        return weights
-    except UserError as error:
-        why = f"{stored.folder} is no whole adapter of {base.folder}: it was cut short, or is that of another base"
-        raise UserError(*error.problems, why) from None
+    shapes = stored.adapter.shapes(base.architecture)
+    if problems := shape_problems(weights, shapes, PEFT_WEIGHTS if checkpoint is None else "it"):
+        more = " (and more such)" if len(problems) > 1 else ""
+        raise UserError(
+            f"{stored.folder} is no whole adapter of {base.folder}: {problems[0]}{more}; it was cut short, or is that of "
+            "another base"
+        )
+    return weights
 
 
 def _named_base(stored: StoredAdapter) -> Path:

@@ -68,7 +68,7 @@ class Optimizer:
     def moments(self) -> dict[str, Tensor]:
         """`{"<parameter name>.exp_avg": tensor, …}` of what is trained, zeros before the first step, of the parameters' full
         shapes and dtype. What is kept narrow is made wide for it, and of a GPU's in the host's memory."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, p in self.trained.items():
             if name in self._narrow:
                 moments = self._narrow[name].moments()

@@ -29,6 +29,7 @@ from modelyard.files import (
     sync,
 )
 from modelyard.model.decoder import Decoder
+from modelyard.model.dropout import token_numbers
 from modelyard.model.formats.tokenizer_files import copy_tokenizer
 from modelyard.parallel.apply import Fill, Write, parallelize
 from modelyard.parallel.mesh import Mesh, alone
@@ -450,7 +451,7 @@ class Run:
                             self.model,
                             self.weights,
                             self.optimizer,
-                            self.parallel.local(batch or Batch.empty(rows, batch_config.sequence_length)),
+                            self._own_part(batch or Batch.empty(rows, batch_config.sequence_length)),
                             learning_rate=rate,
                             micro_batch_size=batch_config.micro_rows(mesh.layout.data),
                             max_norm=self.config.optimizer.gradient_norm_clipping,
@@ -485,6 +486,16 @@ class Run:
             (self.mesh.share, self.mesh.layout.data),
             give_up=self.stop.asked,
         )
+
+    def _own_part(self, batch: Batch) -> Batch:
+        """What this process computes of its share of rows; their tokens have numbers where a dropout asks for them."""
+        if self.adapter is not None and self.adapter.dropout:
+            rows, length = batch.input_ids.shape
+            number = batch_number(self.progress.iteration, self.progress.left_out)
+            first = number * self.config.batch.batch_size + self.mesh.share * rows
+            numbers = token_numbers(self.config.model.distributed.seed, first, rows, length)
+            batch = dataclasses.replace(batch, numbers=numbers)
+        return self.parallel.local(batch)
 
     def _training_options(self) -> LossOptions:
         if self.scaler is None:

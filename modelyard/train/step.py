@@ -93,7 +93,12 @@ def accumulate(
     for index, micro_batch in enumerate(parts, 1):
         weights.before_backward(last=index == len(parts))
         phase("forward")
-        hidden = model(micro_batch.input_ids, micro_batch.positions, micro_batch.cu_seqlens)
+        hidden = model(
+            micro_batch.input_ids,
+            micro_batch.positions,
+            micro_batch.cu_seqlens,
+            numbers=micro_batch.numbers,
+        )
         loss = head_loss(model, hidden, micro_batch.labels, options, weight_gradient_to=taker)
         phase("backward")
         loss.backward()

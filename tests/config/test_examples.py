@@ -21,6 +21,7 @@ PARAMETERS = {
     "prepare-code": None,
     "prepare-conversations": None,
     "fine-tune-llama-3.1-8b": None,
+    "fine-tune-llama-3.1-8b-qlora": None,
 }
 
 

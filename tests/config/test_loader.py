@@ -283,7 +283,7 @@ def test_an_export_format_that_cannot_hold_the_architecture(tmp_path: Path) -> N
     (problem,) = tiny_problems(tmp_path, "training.export={interval: 5, format: fast_llm}")
     assert (
         problem
-        == "override 1: training.export.format = 'fast_llm': expected one of llama, qwen2, mistral, starcoder2"
+        == "override 1: training.export.format = 'fast_llm': expected one of llama, qwen2, mistral, starcoder2, peft"
     )
 
 
@@ -409,8 +409,12 @@ def test_unknown_keys_at_every_depth(tmp_path: Path) -> None:
             "only_attn, only_mlp, only_attn_output, attn_qkv_and_mlp, attn_output_and_mlp; did you mean 'everywhere'?",
         ),
         (
-            "model.distributed.training_dtype=fp16",
-            "model.distributed.training_dtype = float16 is not supported (it needs a scaled loss); write bf16",
+            "optimizer.gradient_scaler={initial: 2, minimum: 4}",
+            "optimizer.gradient_scaler: minimum 4 is above initial 2",
+        ),
+        (
+            "optimizer.state=8 bit",
+            "optimizer.state = '8 bit': expected one of float32, 8bit; did you mean '8bit'?",
         ),
         (
             "batch.micro_batch_size=3",

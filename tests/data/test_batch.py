@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -175,3 +177,10 @@ def test_token_outside_the_vocabulary_is_named():
             isolate=True,
             mask=False,
         )
+
+
+def test_numbers_of_tokens_go_along() -> None:
+    numbers = torch.arange(12).view(3, 4)
+    batch = replace(Batch.empty(3, 4), numbers=numbers)
+    assert batch.rows(1, 3).to("cpu").numbers.tolist() == [[4, 5, 6, 7], [8, 9, 10, 11]]  # type: ignore[union-attr]
+    assert Batch.empty(3, 4).rows(0, 1).to("cpu").numbers is None

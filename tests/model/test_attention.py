@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from modelyard.model.attention import attend, flatten_boundaries
+from modelyard.model.attention import _varlen_obstacle, attend, flatten_boundaries
 
 Lengths = list[tuple[int, int]]
 
@@ -33,6 +35,23 @@ CASES: dict[str, Lengths] = {
     "decoding": [(1, 12)],
     "longer than a block": [(150, 170), (40, 40)],
 }
+
+
+@pytest.mark.parametrize(
+    ("capability", "works"), [((7, 0), False), ((7, 5), False), ((8, 0), True), ((9, 0), True)]
+)
+def test_flash_attention_is_for_ampere_and_newer(
+    capability: tuple[int, int], works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A V100 or T4, which have fp16 alone, take the loop."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    q = SimpleNamespace(is_cuda=True, dtype=torch.float16, shape=(5, 4, 64), device=torch.device("cuda"))
+    obstacle = _varlen_obstacle(q)  # type: ignore[arg-type]
+    assert (obstacle is None) == works
+    assert (
+        works
+        or obstacle == f"needs a GPU of compute capability 8.0 or newer, not {capability[0]}.{capability[1]}"
+    )
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 100])

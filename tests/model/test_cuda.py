@@ -11,6 +11,7 @@ import torch
 from modelyard.loss.cross_entropy import linear_cross_entropy
 from modelyard.model.attention import attend
 from modelyard.model.decoder import Decoder
+from modelyard.model.dropout import dropped_product, keep_mask, token_numbers, token_words
 from modelyard.model.init import InitStd, initialize
 from modelyard.model.offload import Offload, offload_on
 from modelyard.model.recompute import recompute_blocks
@@ -55,6 +56,17 @@ def test_a_training_step_equals_the_cpu(dtype: torch.dtype, tolerance: float) ->
     for name, expected in gradients["cpu"].items():
         error = (gradients["cuda"][name] - expected).norm() / expected.norm()
         assert error < tolerance, name
+
+
+def test_a_dropout_leaves_out_what_it_does_on_the_cpu() -> None:
+    numbers = token_numbers(1, 0, 4, 256).flatten()
+    words, device_words = token_words(numbers, 3), token_words(numbers.cuda(), 3)
+    assert torch.equal(device_words.cpu(), words)
+    mask = keep_mask(device_words, "q_proj", 7, 300, 0.1)
+    assert torch.equal(mask.cpu(), keep_mask(words, "q_proj", 7, 300, 0.1))
+    x, a = torch.randn(1024, 300, device="cuda"), torch.eye(300, device="cuda")
+    low = dropped_product(x, a, device_words, "q_proj", 7, 0.1)
+    assert torch.equal(low != 0, mask & (x != 0))
 
 
 DEEP = replace(SMALL, hidden_size=256, ffn_hidden_size=512, head_size=64, num_layers=12)

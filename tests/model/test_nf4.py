@@ -109,7 +109,11 @@ def test_each_code_is_the_nearest(dtype: torch.dtype) -> None:
 def test_bits_are_those_of_bitsandbytes(dtype: torch.dtype, block: int) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     assert functional.get_4bit_type("nf4", device="cpu").tolist() == list(NF4)
-    weight = weights(64, 512, dtype)
+    table = torch.tensor(NF4)
+    halfway = torch.cat([torch.ones(1), (table[:-1] + table[1:]) / 2])
+    scales = torch.rand(1024, 1, generator=torch.Generator().manual_seed(1)) + 0.5
+    # With values between two codes, as far as a product of two numbers can be.
+    weight = torch.cat([weights(64, 512), (scales * halfway).view(-1, 512)]).to(dtype)
     theirs, state = functional.quantize_4bit(weight, blocksize=block, quant_type="nf4")
     ours = quantize(weight, block)
     assert torch.equal(ours.codes.flatten(), theirs.flatten())

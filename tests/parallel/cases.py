@@ -470,6 +470,7 @@ DORA = replace(LORA, dora=True)
 QLORA = replace(LORA, quantization=Quantization(16))
 NARROW = replace(LORA, quantization=Quantization(16, double=True), dora=True)
 """All of it at once."""
+DROPPED = replace(LORA, dropout=0.25)
 ADAPTERS = [
     Case(L(), adapter=LORA),
     *(Case(L(shard=2, zero=zero), micro_batch_size=1, adapter=LORA) for zero in (1, 2, 3)),
@@ -490,6 +491,13 @@ ADAPTERS = [
     *(Case(L(pipeline=2, schedule=schedule), adapter=LORA) for schedule in SCHEDULES),
     Case(L(shard=2, pipeline=2, zero=3, schedule="zbv"), adapter=FEW, micro_batch_size=1),
     Case(L(pipeline=2, tensor=2, sequence=True), adapter=DORA, architecture=TIED),
+    # inputs that are left out: which ones, every layout finds for itself
+    Case(L(shard=2, zero=3), adapter=DROPPED, micro_batch_size=1, recompute="selective"),
+    Case(L(context=2, zero=2), adapter=DROPPED, data="long"),
+    Case(L(tensor=2), adapter=replace(DROPPED, dora=True)),
+    Case(L(tensor=2, sequence=True), adapter=DROPPED, recompute="full", architecture=STARCODER),
+    Case(L(pipeline=2), adapter=DROPPED, recompute="full"),
+    Case(L(shard=2, pipeline=2, schedule="zero_bubble"), adapter=DROPPED, micro_batch_size=1),
     # the base in four bits
     Case(L(), adapter=QLORA, architecture=BLOCKS),
     *(
@@ -560,6 +568,7 @@ def features(case: Case) -> tuple[str, ...]:
         "adapter beside": case.adapter is not None and not case.adapter.freeze_others,
         "dora": case.adapter is not None and case.adapter.dora,
         "nf4": case.adapter is not None and case.adapter.quantization is not None,
+        "dropout": case.has_dropout,
         "double nf4": case.adapter is not None and case.adapter.quantization == NARROW.quantization,
         "few adapted": case.adapter is not None and case.adapter.modules == FEW.modules,
     }

@@ -28,6 +28,7 @@ from modelyard.dtypes import wide
 from modelyard.model.adapter import QUANTIZED, AdaptedLinear, AdaptedWeights, is_quantized_part
 from modelyard.model.compile import compile_blocks
 from modelyard.model.decoder import Decoder
+from modelyard.model.dropout import token_numbers
 from modelyard.model.init import InitStd, initialize
 from modelyard.parallel.apply import Parallel, parallelize
 from modelyard.parallel.data import ShardedWeights
@@ -105,6 +106,10 @@ class Case:
                 f"{m}.{part}" for m in block_matrices(self.architecture) for part in QUANTIZED
             }
         return frozenset(filter(FROZEN[self.frozen], shapes))
+
+    @property
+    def has_dropout(self) -> bool:
+        return self.adapter is not None and self.adapter.dropout > 0
 
     @property
     def is_one_summand(self) -> bool:
@@ -200,7 +205,8 @@ def global_batch(case: Case, step: int) -> Batch:
     cu_seqlens = torch.tensor(
         [ends + [length] * (width - len(ends)) for ends in boundaries], dtype=torch.int32
     )
-    return Batch(ids, labels, positions, cu_seqlens)
+    numbers = token_numbers(SEED, step * rows, rows, length) if case.has_dropout else None
+    return Batch(ids, labels, positions, cu_seqlens, None, numbers)
 
 
 # --- the truth --------------------------------------------------------------------------------------------------
@@ -213,7 +219,7 @@ def reference(case: Case) -> Trace:
 
 @lru_cache(maxsize=64)
 def _reference(case: Case) -> Trace:
-    if case.dtype != torch.float64:
+    if case.dtype != torch.float64 or case.has_dropout:
         # Where roundings are part of the result, the truth for many processes is what one process of the program does.
         return _train(case, build(case, alone()), [global_batch(case, step) for step in range(case.steps)])
     if case.adapter is not None:
@@ -364,8 +370,8 @@ def local_batch(case: Case, run: Parallel, step: int) -> Batch:
     rows = case.rows // case.layout.data
     first = run.mesh.share * rows
     batch = global_batch(case, step)
-    tensors = (batch.input_ids, batch.labels, batch.positions, batch.cu_seqlens)
-    return run.local(Batch(*(t[first : first + rows] for t in tensors)))
+    tensors = (batch.input_ids, batch.labels, batch.positions, batch.cu_seqlens, batch.kinds, batch.numbers)
+    return run.local(Batch(*(t if t is None else t[first : first + rows] for t in tensors)))  # type: ignore[arg-type]
 
 
 def distributed(case: Case) -> Trace:

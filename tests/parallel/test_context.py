@@ -34,7 +34,7 @@ def _split_by_hand() -> None:
     mesh = Mesh(Layout(context=2), CPU)
     tokens = torch.arange(8).repeat(2, 1) + torch.tensor([[10], [20]])
     cu_seqlens = boundaries([0, 3, 8], [0, 8])
-    cut = split(Batch(tokens, tokens + 100, tokens + 200, cu_seqlens), mesh)
+    cut = split(Batch(tokens, tokens + 100, tokens + 200, cu_seqlens, tokens + 1, tokens + 300), mesh)
     expected = {
         0: [[10, 11, 16, 17], [20, 21, 26, 27]],  # chunks 0 and 3
         1: [[12, 13, 14, 15], [22, 23, 24, 25]],  # chunks 1 and 2
@@ -42,6 +42,9 @@ def _split_by_hand() -> None:
     assert cut.input_ids.tolist() == expected
     assert (cut.labels - 100).tolist() == expected
     assert (cut.positions - 200).tolist() == expected
+    assert cut.kinds is not None
+    assert cut.numbers is not None
+    assert (cut.kinds - 1).tolist() == (cut.numbers - 300).tolist() == expected
     assert cut.cu_seqlens is cu_seqlens
     with pytest.raises(ValueError, match="a row of 6 tokens cannot be cut into 2 x 2 equal chunks"):
         split(Batch(tokens[:, :6], tokens[:, :6], tokens[:, :6], cu_seqlens), mesh)

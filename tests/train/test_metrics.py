@@ -1,10 +1,19 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from modelyard.config.adapter import Adapter
 from modelyard.config.architecture import Architecture
-from modelyard.train.metrics import MetricsLog, model_flops_per_second, training_line, utilization
+from modelyard.train.metrics import (
+    MetricsLog,
+    model_flops_per_second,
+    peak_flops,
+    training_line,
+    utilization,
+)
 
 
 def test_starting_again_drops_later_and_torn_lines(tmp_path: Path) -> None:
@@ -50,6 +59,38 @@ def test_utilization_of_the_published_8b_run() -> None:
     assert shares["mfu_full"] == pytest.approx(shares["mfu_causal"] + 0.033, abs=0.001)
     assert utilization(shape, 4096, 10_100, None) == {}
     assert model_flops_per_second(shape, 4096, 10_100) == pytest.approx(487e12, rel=0.005)
+
+
+def test_what_is_frozen_is_not_counted_as_trained() -> None:
+    """A step of the 8B shape with LoRA: 4 FLOPs a frozen weight for each token, 6 a weight of the adapter."""
+    shape = Architecture(128256, 4096, 32, 32, 8, 128, 14336)
+    adapter = Adapter(16, 32.0, ("q_proj", "v_proj"))
+    weights = shape.parameter_count() - 128256 * 4096 - 65 * 4096  # without the embedding and the norms
+    own = 32 * 16 * (4096 + 4096 + 4096 + 1024)
+    attention = shape.attention_flops_per_token(4096, causal=True)
+    assert model_flops_per_second(shape, 4096, 1.0, adapter=adapter) == 4 * weights + 6 * own + attention
+    beside = replace(adapter, freeze_others=False)
+    assert model_flops_per_second(shape, 4096, 1.0, adapter=beside) == 6 * (weights + own) + attention
+
+
+@pytest.mark.parametrize(
+    ("name", "bfloat16", "float16"),
+    [
+        ("NVIDIA H200", 989e12, 989e12),
+        ("Tesla V100-SXM2-16GB", None, 125e12),
+        ("Tesla T4", None, 65e12),
+        ("other", None, None),
+    ],
+)
+def test_peaks(
+    name: str, bfloat16: float | None, float16: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    device = torch.device("cuda")
+    assert peak_flops(device, torch.bfloat16) == bfloat16
+    assert peak_flops(device, torch.float16) == float16
+    assert peak_flops(device, torch.float32) is None
+    assert peak_flops(torch.device("cpu"), torch.float16) is None
 
 
 def test_line_for_people() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from modelyard.config.adapter import Adapter, Quantization, block_matrices
+from modelyard.config.adapter import Adapter, Quantization, block_matrices, is_adapter_parameter
 from modelyard.config.architecture import Architecture
 from modelyard.errors import UserError
 from modelyard.model.formats.source import WeightSource
@@ -31,7 +31,8 @@ class MergedWeights:
         """Name of an adapted matrix's weight → of the matrix."""
 
     def names(self) -> Sequence[str]:
-        return self._base.names()
+        # One source may have both, where a base is trained with its adapter.
+        return [name for name in self._base.names() if not is_adapter_parameter(name)]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._base.shape(name)

@@ -59,7 +59,8 @@ class PeftWeights:
 def open_peft(folder: Path, adapter: Adapter, architecture: Architecture, family: str) -> PeftWeights:
     """The adapter of a PEFT folder on a model of this shape; only the header is read.
 
-    Raises UserError where tensors are missing, have no place in this model or another shape, or are no real numbers.
+    What is in the file and has no place in such an adapter keeps PEFT's name; what is missing, is. Raises UserError where
+    there is no such file, or tensors are no real numbers.
     """
     path = folder / PEFT_WEIGHTS
     if not path.is_file() and any(folder.glob("adapter_model*.bin")):
@@ -69,18 +70,11 @@ def open_peft(folder: Path, adapter: Adapter, architecture: Architecture, family
         )
     # Some versions write `lora_magnitude_vector.weight`.
     found = {name.replace("_vector.weight", "_vector"): entry for name, entry in read_entries(path).items()}
-    shapes = adapter.shapes(architecture)
-    ours = {peft_name(name, family): name for name in shapes}
-    weights = PeftWeights({ours.get(name, name): entry for name, entry in found.items()})
-    problems = shape_problems(weights, shapes, path)
-    problems += [
-        f"{path}: '{name}' is {str(entry.dtype).removeprefix('torch.')}, no real number"
-        for name, entry in found.items()
-        if not entry.dtype.is_floating_point
-    ][:1]
-    if problems:
-        raise UserError(*problems)
-    return weights
+    for name, entry in found.items():
+        if not entry.dtype.is_floating_point:
+            raise UserError(f"{path}: '{name}' is {str(entry.dtype).removeprefix('torch.')}, no real number")
+    ours = {peft_name(name, family): name for name in adapter.shapes(architecture)}
+    return PeftWeights({ours.get(name, name): entry for name, entry in found.items()})
 
 
 def write_peft(

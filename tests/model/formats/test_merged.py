@@ -15,7 +15,9 @@ from modelyard.model.nf4 import dequantize, quantize
 from tests.model.adapters import InMemory
 
 NAME = "layers.0.self_attn.q_proj"
-BASE = InMemory({f"{NAME}.weight": torch.tensor([[3.0, 0.0], [0.0, 1.0]]), "norm.weight": torch.tensor([2.0])})
+BASE = InMemory(
+    {f"{NAME}.weight": torch.tensor([[3.0, 0.0], [0.0, 1.0]]), "norm.weight": torch.tensor([2.0])}
+)
 LORA = {f"{NAME}.lora_A": torch.tensor([[1.0, 2.0]]), f"{NAME}.lora_B": torch.tensor([[0.0], [1.0]])}
 
 
@@ -30,6 +32,10 @@ def test_lora_by_hand() -> None:
     assert weights.load("norm.weight").tolist() == [2.0]
     assert weights.names() == [f"{NAME}.weight", "norm.weight"]
     assert weights.shape(f"{NAME}.weight") == (2, 2)
+    both = InMemory(BASE.tensors | LORA)  # as of a base that is trained too
+    weights = MergedWeights(both, both, Adapter(rank=1, alpha=4.0, modules=("q_proj",)))
+    assert weights.names() == [f"{NAME}.weight", "norm.weight"]
+    assert weights.load(f"{NAME}.weight").tolist() == [[3.0, 0.0], [4.0, 9.0]]
 
 
 def test_rslora_by_hand() -> None:
@@ -91,5 +97,7 @@ def test_a_quantised_base_is_what_it_was_in_training() -> None:
         assert weights.load(plain) is tensors[plain]
     tensors[name][0, 0] = math.inf
     base.tensors[name] = tensors[name]
-    with pytest.raises(UserError, match=r"'layers.0.mlp.up_proj.weight' cannot be quantised: a value is not finite"):
+    with pytest.raises(
+        UserError, match=r"'layers.0.mlp.up_proj.weight' cannot be quantised: a value is not finite"
+    ):
         weights.load(name)

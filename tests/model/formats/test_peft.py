@@ -55,7 +55,9 @@ def test_names_by_hand() -> None:
     assert peft_name(name, "llama") == "base_model.model.model.layers.11.mlp.up_proj.lora_A.weight"
     assert peft_name(name, "starcoder2") == "base_model.model.model.layers.11.mlp.c_fc.lora_A.weight"
     name = "layers.0.self_attn.o_proj.lora_magnitude"
-    assert peft_name(name, "qwen2") == "base_model.model.model.layers.0.self_attn.o_proj.lora_magnitude_vector"
+    assert (
+        peft_name(name, "qwen2") == "base_model.model.model.layers.0.self_attn.o_proj.lora_magnitude_vector"
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,13 +73,15 @@ def test_peft_computes_what_we_compute(name: str, kind: str, tmp_path: Path) -> 
     with torch.no_grad():
         logits = theirs(IDS).logits
 
-        ours = Decoder(model.architecture)
+        with torch.device("meta"):
+            ours = Decoder(model.architecture)
         adapt(ours, adapter, torch.float32)
+        ours.to_empty(device="cpu")
         weights = open_peft(tmp_path / "adapter", adapter, model.architecture, model.family)
         for parameter_name, parameter in ours.named_parameters():
-            parameter.data = (weights if ".lora_" in parameter_name else model.weights).load(parameter_name)
+            parameter.copy_((weights if ".lora_" in parameter_name else model.weights).load(parameter_name))
         applied = ours.logits(ours(IDS, *whole_rows(*IDS.shape)))
-    torch.testing.assert_close(applied, logits, rtol=0, atol=2e-5)
+    torch.testing.assert_close(applied, logits, rtol=0, atol=5e-5)
 
     merged = theirs.merge_and_unload().state_dict()
     found = open_model(tmp_path / "adapter").weights
@@ -96,9 +100,7 @@ def test_peft_computes_what_we_compute(name: str, kind: str, tmp_path: Path) -> 
         ("starcoder2", "all-linear", {"use_dora": True}),
     ],
 )
-def test_what_peft_writes_is_read(
-    name: str, targets: Any, kind: dict[str, bool], tmp_path: Path
-) -> None:
+def test_what_peft_writes_is_read(name: str, targets: Any, kind: dict[str, bool], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     reference = saved(name, tmp_path / "base")
     reference.name_or_path = str(tmp_path / "base")
@@ -134,7 +136,10 @@ def test_our_folder_comes_back_as_it_was(tmp_path: Path) -> None:
     stored = stored_adapter(tmp_path / "adapter")
     assert stored is not None
     assert stored.adapter == adapter
-    assert (stored.base_path, stored.fingerprint) == (str(tmp_path / "base"), base_fingerprint(tmp_path / "base"))
+    assert (stored.base_path, stored.fingerprint) == (
+        str(tmp_path / "base"),
+        base_fingerprint(tmp_path / "base"),
+    )
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert config["target_modules"] == ["c_fc", "q_proj"]
     source = random_adapter(adapter, model.architecture, model.weights)
@@ -154,17 +159,19 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     def said(tensors: dict[str, torch.Tensor]) -> str:
         save_file(tensors, file)
         with pytest.raises(UserError) as refusal:
-            open_peft(tmp_path / "adapter", ALL, model.architecture, "llama")
+            open_model(tmp_path / "adapter")
         return str(refusal.value)
 
+    begin = f"{tmp_path}/adapter is no whole adapter of {tmp_path}/base: adapter_model.safetensors"
+    end = "; it was cut short, or is that of another base"
     assert said({k: v for k, v in whole.items() if k != a}) == (
-        f"{file} lacks 'layers.1.self_attn.q_proj.lora_A'"
+        f"{begin} lacks 'layers.1.self_attn.q_proj.lora_A'{end}"
     )
     assert said(whole | {"base_model.model.lm_head.weight": torch.zeros(2)}) == (
-        f"{file} has weights that the architecture has no place for: 'base_model.model.lm_head.weight'"
+        f"{begin} has weights that the architecture has no place for: 'base_model.model.lm_head.weight'{end}"
     )
     assert said(whole | {a: torch.zeros(4, 32)}) == (
-        f"{file}: 'layers.1.self_attn.q_proj.lora_A' has shape [4, 32], the architecture wants [3, 32]"
+        f"{begin}: 'layers.1.self_attn.q_proj.lora_A' has shape [4, 32], the architecture wants [3, 32]{end}"
     )
     assert said(whole | {a: torch.zeros(3, 32, dtype=torch.int8)}) == f"{file}: '{a}' is int8, no real number"
     file.unlink()
