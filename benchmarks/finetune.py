@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import sft
 from benchmarks.common import RESULTS, FirstAdapter, write_result
 from benchmarks.finetune_floor import Step, floor
-from benchmarks.sft_programs import ALPHA, FORMS, QUANTIZATION_BLOCK, RANK, Job, ours
+from benchmarks.sft_programs import ALPHA, RANK, Job, ours
 from modelyard.config.adapter import MODULES, Adapter
 from modelyard.model.formats import open_huggingface
 from modelyard.model.formats.peft import write_peft
@@ -167,7 +167,7 @@ def measure_method(
             theirs.remove(form)
     jobs = [job_of(case, folder, method, name) for name in (*mine, *theirs)]
     rows: dict[str, dict[str, Any]] = sft.compare(jobs, schedule, rounds, python or sys.executable)
-    for name, row in rows.items():
+    for row in rows.values():
         row["memory_bytes"] = row["peak_bytes"] - row["imports_bytes"]
         row["difference"] = sft.furthest(rows[OURS], row)
         if not row["difference"] <= sft.TOLERANCE[case.dtype]:

@@ -371,7 +371,7 @@ def in_process(job: Job, folder: Path) -> dict[str, Any]:
         "--folder",
         str(folder),
     ]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     answers = [line for line in done.stdout.splitlines() if line.startswith('{"answer"')]
     if done.returncode or not answers:
         last = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
@@ -455,7 +455,7 @@ def speeds(
     for program in peers if can_run_peer(method) else ():
         found[program] = in_process(dataclasses.replace(job, program=program, compiled=False), folder)
     reference = found[OURS]
-    for program, row in found.items():
+    for row in found.values():
         if "failed" in row or "failed" in reference:
             continue
         row["difference"] = max(abs(row[k] - reference[k]) / abs(reference[k]) for k in ("loss", "grad_norm"))

@@ -31,14 +31,14 @@ STEP = [
     Mutant(
         "gradients are not divided by the number of targets",
         "train/step.py",
-        "torch._foreach_mul_(gradients, clip / totals.targets)",
+        "torch._foreach_mul_(gradients, clip / divisor)",
         "torch._foreach_mul_(gradients, clip)",
         ("shard",),
     ),
     Mutant(
         "divided by this process's targets, not by all",
         "train/step.py",
-        "torch._foreach_mul_(gradients, clip / totals.targets)",
+        "torch._foreach_mul_(gradients, clip / divisor)",
         "torch._foreach_mul_(gradients, clip / max(batch.num_targets, 1))",
         ("shard",),
     ),

@@ -114,6 +114,7 @@ Answer = dict[str, Any]
 
 def ours(job: Job) -> Iterator[Answer]:
     """The steps of `modelyard train`, on its own packed rows."""
+    import torch._dynamo  # noqa: F401  torch imports it for the first step, the peer with all the rest
     from modelyard.config.loader import load_config
     from modelyard.train.console import Console
     from modelyard.train.state import Run

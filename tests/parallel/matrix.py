@@ -290,7 +290,7 @@ def adapted_weights(case: Case) -> AdaptedWeights:
     own = {}
     for name, shape in case.adapter.shapes(case.architecture).items():
         generator = torch.Generator().manual_seed(int.from_bytes(name.encode(), "little") % 2**31)
-        drawn = torch.empty(shape, dtype=wide(case.dtype)).normal_(0, 0.3, generator=generator)
+        drawn = torch.empty(shape, dtype=wide(case.dtype)).normal_(0, 0.1, generator=generator)
         if name.endswith("lora_magnitude"):
             drawn = base[name.replace("lora_magnitude", "weight")].norm(dim=1) * (1 + 0.1 * drawn)
         own[name] = drawn
