@@ -399,8 +399,9 @@ def longest(memory_at: Callable[[int], int | None], limit: int, first: int, unit
         points.append((length, taken))
         return True
 
-    if not fits(first) or not fits(2 * first):
-        return low
+    if not fits(first):
+        return 0
+    fits(2 * first)
     while high == 0 or high - low > max(unit, low // 33):
         (a, at_a), (b, at_b) = points[0], max(points)
         guess = a + round((limit - at_a) * (b - a) / max(at_b - at_a, 1)) if b > a else 2 * low

@@ -48,9 +48,12 @@ class Job:
     """What is trained: every weight (`full`), or the adapter in adapter/ over weights that keep their values (`lora`), or over
     such in NF4 (`qlora`)."""
 
+    by_row: bool = False
+    """Ours with micro-batches of one row, which need less memory."""
+
     @property
     def name(self) -> str:
-        return f"{self.program} compiled" if self.compiled else self.program
+        return self.program + (" compiled" if self.compiled else "") + (" by row" if self.by_row else "")
 
 
 # --- how the peer may lay out the conversations of an optimizer step ------------------------------------------------
@@ -115,6 +118,7 @@ Answer = dict[str, Any]
 def ours(job: Job) -> Iterator[Answer]:
     """The steps of `modelyard train`, on its own packed rows."""
     import torch._dynamo  # noqa: F401  torch imports it for the first step, the peer with all the rest
+
     from modelyard.config.loader import load_config
     from modelyard.train.console import Console
     from modelyard.train.state import Run
@@ -130,7 +134,7 @@ def ours(job: Job) -> Iterator[Answer]:
 
 
 def _run_name(job: Job) -> str:
-    return f"run-{job.method}-{job.dtype}-{job.compiled}"
+    return f"run-{job.method}-{job.dtype}-{job.compiled}-{job.by_row}"
 
 
 def train_config(job: Job) -> dict[str, Any]:
@@ -150,6 +154,7 @@ def train_config(job: Job) -> dict[str, Any]:
         "batch": {
             "sequence_length": job.sequence,
             "batch_size": job.rows,
+            **({"micro_batch_size": 1} if job.by_row else {}),
             "cross_document_attention": False,
             "overlong": "drop",
         },

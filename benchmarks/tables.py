@@ -241,6 +241,7 @@ def finetune(found: dict[str, Any]) -> str:
                         f"**{against['speed']:.2f}**",
                         f"{against['speed_eager']:.2f}",
                         f"**{against['memory']:.2f}**",
+                        f"{against['least_memory']:.2f}",
                         f"{against['memory_whole']:.2f}",
                     ]
                 )
@@ -277,8 +278,9 @@ def finetune(found: dict[str, Any]) -> str:
             "against TRL, its fastest",
             "times as fast (target 1.00)",
             "eager to eager",
-            "of its least memory (target 0.60)",
-            "of its whole process",
+            "of its memory (target 0.60)",
+            "least to least",
+            "whole processes",
         ),
         ratios,
     )

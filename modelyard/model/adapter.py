@@ -82,9 +82,10 @@ class AdaptedLinear(nn.Linear):
             first = self.first_feature(x.shape[1])
             low = dropped_product(x, a, self.words, self.kind, first, self.adapter.dropout)
             return torch.addmm(self._base(x, bias), low, b.t(), alpha=scale)
-        if self.weight is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return torch.addmm(self._base(x, bias), F.linear(x, a), b.t(), alpha=scale)
-        y: Tensor = _LowRank.apply(x, local(self.weight), bias, a, b, scale)
+        base = self.quantized() if self.weight is None else (local(self.weight),)
+        y: Tensor = _LowRank.apply(x, bias, a, b, scale, *base)
         return y
 
     @torch.no_grad()
@@ -108,33 +109,46 @@ class AdaptedLinear(nn.Linear):
 
 
 class _LowRank(torch.autograd.Function):
-    """x W^T + bias + scale * (x A^T) B^T. Of the backward's two summands for x the small one is added in place."""
+    """x W^T + bias + scale * (x A^T) B^T. Of the backward's two summands for x the small one is added in place.
+
+    `base` is W, or the parts of a quantized one, which is made a matrix again for each of the two directions.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+        ctx: Any, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, *base: Tensor | None
     ) -> Tensor:
         low = F.linear(x, a)
-        ctx.save_for_backward(x, weight, a, b, low)
+        ctx.save_for_backward(x, a, b, low, *base)
         ctx.scale = scale
-        return F.linear(x, weight, bias).addmm_(low, b.t(), alpha=scale)
+        return F.linear(x, _matrix(base, x.dtype), bias).addmm_(low, b.t(), alpha=scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, low = ctx.saved_tensors
+        x, a, b, low, *base = ctx.saved_tensors
         gradient = gradients[0]
-        need_x, need_weight, need_bias, need_a, need_b, _ = ctx.needs_input_grad
+        need_x, need_bias, need_a, need_b, _, need_weight, *others = ctx.needs_input_grad
         low_gradient = torch.mm(gradient, b).mul_(ctx.scale)
-        x_gradient = torch.mm(gradient, weight).addmm_(low_gradient, a) if need_x else None
+        x_gradient = None
+        if need_x:
+            x_gradient = torch.mm(gradient, _matrix(base, x.dtype)).addmm_(low_gradient, a)
         return (
             x_gradient,
-            torch.mm(gradient.t(), x) if need_weight else None,
             gradient.sum(0) if need_bias else None,
             torch.mm(low_gradient.t(), x) if need_a else None,
-            torch.mm(gradient.t(), low).mul_(ctx.scale) if need_b else None,
+            # Transposed: a few long rows are faster than many short ones.
+            torch.mm(low.t(), gradient).mul_(ctx.scale).t() if need_b else None,
             None,
+            torch.mm(gradient.t(), x) if need_weight else None,
+            *(None for _ in others),
         )
+
+
+def _matrix(base: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+    weight = base[0] if len(base) == 1 else dequantize(Quantized(*base), dtype)  # type: ignore[arg-type]
+    assert weight is not None
+    return weight
 
 
 # --- building ---------------------------------------------------------------------------------------------------
@@ -163,7 +177,10 @@ def adapt(model: Decoder, adapter: Adapter, dtype: torch.dtype) -> None:
                 value = None if packed is None else _frozen(torch.empty(packed, dtype=dtype, device="meta"))
                 module.register_parameter(part, value)
         adapted = kind in adapter.modules
-        shapes: dict[str, tuple[int, ...]] = {"lora_A": (adapter.rank, module.in_features), "lora_B": (module.out_features, adapter.rank)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "lora_A": (adapter.rank, module.in_features),
+            "lora_B": (module.out_features, adapter.rank),
+        }
         if adapter.dora:
             shapes["lora_magnitude"] = (module.out_features,)
         for part in ("lora_A", "lora_B", "lora_magnitude"):
