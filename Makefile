@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help quickstart test test-all lint format bench faults gpu clean
+.PHONY: help quickstart test test-all lint format bench faults gpu gpu-finetune clean
 help:
 	@echo "make quickstart  train a small model on Python's standard library, about 6 minutes on 2 cores"
 	@echo "make test        the tests, about 9 minutes on 2 cores      make test-all  the slow ones too"
@@ -40,7 +40,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
-	for name in train_step sft prepare start_up checkpoint; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in train_step sft finetune prepare start_up checkpoint; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/tables.py --write
 
 # Kills, damage, mutated configs and mistakes; about half an hour.
@@ -51,6 +51,10 @@ faults: $(READY)
 # Runs with the python that is there: no virtual environment, no network, torch >= 2.11 alone.
 gpu:
 	$(PYTHON) benchmarks/gpu.py
+
+# Full, LoRA and QLoRA of three shapes, and the longest sequences that fit; about half an hour.
+gpu-finetune:
+	$(PYTHON) benchmarks/finetune_gpu.py
 
 clean:
 	rm -rf $(VENV) build quickstart

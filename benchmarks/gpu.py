@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --cpu      the same code at toy sizes on the CPU, to see that the script works
 
 Equality: attention (flash, variable length) against the dense reference; cross-entropy fused against plain; a bf16
-run against fp32; compiled blocks against eager ones; two runs from one seed. A short real run: this interpreter's
+run against fp32; compiled blocks against eager ones; adapters over a base in fp32 and in NF4 against the CPU; two runs from one seed. A short real run: this interpreter's
 standard library, byte by byte. Speed: a whole bf16 training step of the 1B and 8B shapes (fewer layers, so that
 optimizer state fits), eager and compiled, as MFU in both conventions, beside the device's own matrix multiply.
 """
@@ -29,13 +29,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import write_result
 from benchmarks.contenders import Case
 from benchmarks.floor import matmul_peak
+from modelyard.config.adapter import MODULES, Adapter, Quantization
 from modelyard.config.architecture import Architecture, Rotary
 from modelyard.data.batch import Batch
 from modelyard.loss.cross_entropy import linear_cross_entropy
+from modelyard.model.adapter import AdaptedWeights, is_quantized_part
 from modelyard.model.attention import attend
 from modelyard.model.compile import compile_blocks
 from modelyard.model.decoder import Decoder
-from modelyard.model.init import InitStd, initialize
+from modelyard.model.dropout import token_numbers
+from modelyard.model.init import DrawnWeights, InitStd, initialize
+from modelyard.parallel.apply import parallelize
+from modelyard.parallel.mesh import alone
 from modelyard.train.metrics import peak_flops, utilization
 from modelyard.train.optimizer import Optimizer
 from modelyard.train.scores import Evaluation, score_sums
@@ -153,6 +158,47 @@ def check_compiled(device: torch.device) -> str:
     return f"loss and gradient norm at most {gap:.1e} apart (limit 1e-3)"
 
 
+def check_adapters(device: torch.device) -> str:
+    """LoRA, and DoRA over NF4, in ten steps from one start: the device in fp32 against the CPU; the codes of both are alike,
+    and so is what the dropout leaves out."""
+    shape = dataclasses.replace(TINY, hidden_size=128, head_size=32)
+    batch = Case("", vocabulary=shape.vocab_size, rows=4, sequence=128, documents=3).batch()
+    batch = dataclasses.replace(batch, numbers=token_numbers(1, 0, 4, 128))
+    drawn = DrawnWeights(shape, InitStd.for_architecture(shape), 0, torch.device("cpu"))
+    gap = 0.0
+    for adapter in (
+        Adapter(8, 16.0, MODULES, dropout=0.1),
+        Adapter(8, 16.0, MODULES, dora=True, quantization=Quantization(64)),
+    ):
+        curves, held = [], []
+        for where in (torch.device("cpu"), device):
+            weights = AdaptedWeights(drawn, adapter, seed=0, dtype=torch.float32, device=where)
+            run = parallelize(
+                shape, alone(where), compute_dtype=torch.float32, recompute="none", compile=False, sequence_length=128,
+                fill=weights.fill, frozen=frozenset(shape.parameter_shapes()), adapter=adapter,
+            )  # fmt: skip
+            optimizer = Optimizer(
+                run.weights.master, weight_decay=0.0, betas=(0.9, 0.95), epsilon=1e-8,
+                scales={n: 0.0 for n, p in run.weights.master.items() if not p.requires_grad},
+            )  # fmt: skip
+            held.append([p.cpu() for n, p in run.weights.master.items() if is_quantized_part(n)])
+            results = [
+                train_step(
+                    run.model, run.weights, optimizer, batch, learning_rate=1e-2, micro_batch_size=2, max_norm=1.0,
+                    loss_options=LossOptions(), device=where,
+                )
+                for _ in range(10)
+            ]  # fmt: skip
+            curves.append([number for result in results for number in (result.loss, result.grad_norm)])
+        for one, other in zip(*held):
+            assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)), (
+                "other NF4 codes on the device"
+            )
+        gap = max(gap, *(abs(a - b) / abs(a) for a, b in zip(*curves)))
+    assert gap < 1e-2, f"loss or gradient norm off by {gap:.1e}"
+    return f"loss and gradient norm at most {gap:.1e} apart (limit 1e-2); NF4 codes equal"
+
+
 def check_real_text(device: torch.device) -> str:
     """A small model learns the interpreter's standard library byte by byte, in bf16; a held-out part is the measure."""
     steps, rows, sequence = (300, 16, 512) if device.type == "cuda" else (30, 2, 128)
@@ -234,6 +280,7 @@ def main() -> int:
         check_bf16_run,
         check_compiled,
         check_repeatable,
+        check_adapters,
         check_real_text,
     ]
     for check in checks:
