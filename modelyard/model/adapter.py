@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from modelyard.config.adapter import MODULES, Adapter, Quantization, is_adapter_parameter
 from modelyard.dtypes import wide
+from modelyard.errors import UserError
 from modelyard.model.decoder import Block, Decoder, local
 from modelyard.model.dropout import dropped_product
 from modelyard.model.init import key
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 QUANTIZED = ("weight_codes", "weight_scales", "weight_range")
 """What stands in the place of `weight` where a matrix is quantized, by the names of `Quantized`'s fields."""
+
+
+SHORTEST = 1e-30
+"""A row of W + scale * B A that is shorter counts as so long."""
 
 
 class AdaptedLinear(nn.Linear):
@@ -58,7 +63,9 @@ class AdaptedLinear(nn.Linear):
             return self._base(x, bias)
         a, b, scale = local(self.lora_A), local(self.lora_B), self.adapter.scale
         if self.lora_magnitude is not None:
-            factor = (local(self.lora_magnitude) / self._lengths(a, b)).to(x.dtype)
+            # A row of zeros has no direction, and its magnitude is 0: it stays one.
+            lengths = self._lengths(a, b).clamp_min_(SHORTEST)
+            factor = (local(self.lora_magnitude) / lengths).to(x.dtype)
             y = self._low_rank(x, None, a, b, scale) * factor
             return y if bias is None else y + bias
         return self._low_rank(x, bias, a, b, scale)
@@ -312,5 +319,8 @@ class AdaptedWeights:
         if self._last is None or self._last[0] != matrix:
             self._last = None
             weight = self._base.load(f"{matrix}.weight").to(self._device, wide(self._dtype))
-            self._last = matrix, quantize(weight, how.block, how.double)
+            try:
+                self._last = matrix, quantize(weight, how.block, how.double)
+            except ValueError as error:
+                raise UserError(f"the base's '{matrix}.weight' cannot be quantized: {error}") from None
         return self._last[1]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modelyard.config.adapter import Adapter
+from modelyard.config.adapter import Adapter, is_adapter_parameter
 from modelyard.config.architecture import Architecture
 from modelyard.config.layout import Recompute
 from modelyard.data.batch import Batch
@@ -118,7 +118,11 @@ def parallelize(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in frozen and not is_quantized_part(name))
         has_no_master = adapter is not None and adapter.freeze_others
-        narrow = {n for n, p in model.named_parameters() if has_no_master and not p.requires_grad}
+        narrow = {
+            name
+            for name, parameter in model.named_parameters()
+            if has_no_master and not parameter.requires_grad and not is_adapter_parameter(name)
+        }
         set_dtypes(model, compute_dtype, narrow)
         if mesh.is_distributed:
             apply_data(model, mesh, compute_dtype=compute_dtype)

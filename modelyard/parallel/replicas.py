@@ -38,7 +38,8 @@ def copied(parallel: Parallel, *, without: Along = ()) -> dict[Along, list[str]]
 
 @torch.no_grad()
 def hashes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """A number for the bits of each tensor (of elements of 4 or 8 bytes), made where the tensor is; one message to the host.
+    """A number for the bits of each tensor, made where the tensor is; one message to the host. Bytes that do not make a whole
+    word count as if zeros followed.
 
     It is the sum modulo 2^64 of the tensor's 32-bit words, each times an odd random multiplier of 64 bits of its own
     place; of a tensor of several chunks the sums are summed likewise. An odd multiplier has an inverse, so that a change of
@@ -54,7 +55,7 @@ def hashes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _hash(tensor: Tensor) -> Tensor:
-    words, level = tensor.reshape(-1).view(torch.int32), 0
+    words, level = _words(tensor), 0
     while True:
         # Those of another level are others: the i-th word of chunk j must not count as the j-th of chunk i.
         multipliers = _multipliers(level, words.device)
@@ -62,6 +63,16 @@ def _hash(tensor: Tensor) -> Tensor:
         if len(sums) == 1:
             return sums[0]
         words, level = torch.stack(sums), level + 1
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as int32 [words]."""
+    flat = tensor.reshape(-1)
+    left = flat.nbytes % 4
+    if left or flat.storage_offset() * flat.element_size() % 4:
+        # What is frozen may be narrow (bf16), and a shard of it an odd number of values, or begin in the middle of a word.
+        flat = torch.cat([flat.view(torch.uint8), flat.new_zeros((4 - left) % 4, dtype=torch.uint8)])
+    return flat.view(torch.int32)
 
 
 @lru_cache

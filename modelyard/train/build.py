@@ -21,6 +21,8 @@ from modelyard.model.decoder import Decoder
 from modelyard.model.formats import WeightSource, fit_problems, load_weights
 from modelyard.model.init import DrawnWeights, InitStd
 from modelyard.parallel.apply import Fill, Write
+from modelyard.parallel.rank import local_rank
+from modelyard.parallel.world import World
 from modelyard.train.checkpoint import Checkpoint
 from modelyard.train.models_on_disk import base_fingerprint, first_adapter, open_model
 from modelyard.train.step import LossOptions
@@ -56,9 +58,12 @@ def loss_options(model: BaseModelConfig) -> LossOptions:
     )
 
 
-def first_weights(architecture: Architecture, config: TrainConfig) -> tuple[Fill, str]:
+def first_weights(
+    architecture: Architecture, config: TrainConfig, *, goes_on: bool = False
+) -> tuple[Fill, str]:
     """What fills the parameters: from `pretrained`, or drawn by (seed, name); and a line that says which.
 
+    Where a run `goes_on`, an adapter's values come from its checkpoint later, and `pretrained.adapter` may be gone.
     Raises UserError where the pretrained weights do not fit.
     """
     adapter = adapter_of(config.model.base_model.transformer.peft)
@@ -66,7 +71,7 @@ def first_weights(architecture: Architecture, config: TrainConfig) -> tuple[Fill
     if adapter is None:
         return partial(_load, source=base, where=origin), origin
     first, pretrained = None, config.pretrained
-    if pretrained is not None and pretrained.adapter is not None:
+    if pretrained is not None and pretrained.adapter is not None and not goes_on:
         first = first_adapter(pretrained.adapter, adapter, Path(pretrained.path))
         origin += f", adapter from {pretrained.adapter}"
     adapted = AdaptedWeights(
@@ -113,11 +118,12 @@ def _base_weights(architecture: Architecture, config: TrainConfig) -> tuple[Weig
 
 
 def adapted_base(config: TrainConfig, checkpoint: Checkpoint | None) -> dict[str, str] | None:
-    """What an adapter that is trained alone adapts: folder and fingerprint; None where it is no pretrained model.
+    """What an adapter that is trained alone adapts: folder and fingerprint; None where it is no pretrained model, and in all
+    but one of a host's processes: they read the same folder.
 
     Raises UserError where `checkpoint`, which is gone on from, is of other weights.
     """
-    if config.pretrained is None:
+    if config.pretrained is None or local_rank() != 0:
         return None
     path = config.pretrained.path
     base = {"path": str(path.resolve()), "fingerprint": base_fingerprint(path)}
@@ -128,6 +134,17 @@ def adapted_base(config: TrainConfig, checkpoint: Checkpoint | None) -> dict[str
             f"({before['path']}); name that folder, or choose another run.experiment_dir"
         )
     return base
+
+
+def agreed_base(base: dict[str, str] | None, world: World) -> dict[str, str] | None:
+    """The `adapted_base` of all hosts, as rank 0 has it. Raises UserError where theirs are not the same weights."""
+    found = [one for one in world.gather(base) if one is not None]
+    with world.together():
+        if len({one["fingerprint"] for one in found}) > 1:
+            raise UserError(
+                f"pretrained.path: the weights in {found[0]['path']} are not the same on all hosts; give all of them one copy"
+            )
+    return found[0] if found else None
 
 
 def _load(model: Decoder, write: Write, *, source: WeightSource, where: str) -> None:

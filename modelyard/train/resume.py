@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
+from modelyard.config.adapter import Adapter, adapter_to_dict
 from modelyard.config.architecture import Architecture
 from modelyard.config.optimizer import LearningRateConfig
+from modelyard.config.peft import PeftConfig, adapter_of
 from modelyard.config.train import TrainConfig
 from modelyard.errors import UserError
 from modelyard.train.checkpoint import Checkpoint
@@ -34,7 +36,6 @@ _BOUND = (
     "model.base_model.transformer.attention_lr_scale",
     "model.base_model.transformer.mlp_lr_scale",
     "model.base_model.transformer.per_layer_lr_scale",
-    "model.base_model.transformer.peft",
     *(f"model.base_model.init_method_{word}_embed" for word in ("std", "min", "max")),
     *(
         f"model.base_model.transformer.init_method_{word}{part}"
@@ -113,12 +114,41 @@ def run_differences(
     differences += [
         f"architecture.{k}: was {before[k]!r}, is now {now[k]!r}" for k in now if before[k] != now[k]
     ]
+    differences += adapter_differences(_adapter(old_config), _adapter(new_config))
     explained = any(line.startswith(("data.sampling", "batch.")) for line in differences)
     if old_fingerprint != data_fingerprint and not explained:
         differences.append(
             "data.datasets.training: the rows are not those that this run was trained on so far"
         )
     return differences
+
+
+def adapter_differences(old: Adapter | None, new: Adapter | None) -> list[str]:
+    """Lines on what makes an adapter another one, however the configs write it."""
+    section = "model.base_model.transformer.peft"
+    if old is None or new is None:
+        kinds = ["none" if one is None else "lora" for one in (old, new)]
+        return [] if old == new else [f"{section}.type: was {kinds[0]!r}, is now {kinds[1]!r}"]
+    before, now = flatten(adapter_to_dict(old)), flatten(adapter_to_dict(new))
+    return [
+        f"{section}.{key}: was {before.get(key)!r}, is now {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _adapter(config: dict[str, Any]) -> Adapter | None:
+    """The adapter of a resolved config, perhaps of a version that had none."""
+    section = config["model"]["base_model"]["transformer"].get("peft")
+    return adapter_of(PeftConfig.model_validate(section or {}))
+
+
+def _saved_shapes(adapter: Adapter | None, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """The parameters that a checkpoint has."""
+    if adapter is None:
+        return architecture.parameter_shapes()
+    own = adapter.shapes(architecture)
+    return own if adapter.freeze_others else architecture.parameter_shapes() | own
 
 
 def refuse_changes(
@@ -152,13 +182,15 @@ def refuse_changes(
     if old_rates != new_rates:
         difference = schedule_difference(old_rates, new_rates, checkpoint.state["optimizer_steps"])
         differences += [difference] if difference else []
-    # Another shape cannot go on at all; --force does not help.
-    if checkpoint.architecture.parameter_shapes() != architecture.parameter_shapes():
-        force = False
-    if differences and not force:
+    # With other parameters than those of the checkpoint nothing can go on; --force does not help.
+    now = adapter_of(config.model.base_model.transformer.peft)
+    before = _saved_shapes(_adapter(old), checkpoint.architecture)
+    is_another = before != _saved_shapes(now, architecture)
+    if differences and (is_another or not force):
+        way_out = "" if is_another else ", or go on all the same with --force"
         raise UserError(
             *differences,
             f"these changes would alter what {checkpoint.folder} was trained with: undo them, choose another "
-            "run.experiment_dir, or go on all the same with --force (not possible for another shape)",
+            f"run.experiment_dir{way_out}",
         )
     return differences

@@ -37,6 +37,7 @@ from modelyard.parallel.world import World
 from modelyard.train.allocator import keep_freed_memory
 from modelyard.train.build import (
     adapted_base,
+    agreed_base,
     compiles,
     compute_device,
     first_weights,
@@ -134,11 +135,11 @@ class Run:
             if found is not None:
                 checkpoint = Checkpoint(found, verify=False)
             if checkpoint is None or self.saves_adapter_alone:
-                fill, origin = first_weights(architecture, config)
+                fill, origin = first_weights(architecture, config, goes_on=checkpoint is not None)
                 console.line(origin)
-            if self.saves_adapter_alone and self.world.is_main:
+            if self.saves_adapter_alone:
                 base = adapted_base(config, checkpoint)
-        self.base = self.world.tell(base)
+        self.base = agreed_base(base, self.world)
         """Where the base is that checkpoints do not have, and what tells it from others."""
 
         keep_freed_memory()
@@ -171,9 +172,9 @@ class Run:
         self.is_whole = True
         """Whether what is in memory is one state of the run, and may be saved."""
         self.went_back = False
+        """Whether the last step made the run go back to a checkpoint."""
         self._stands_still = False
         """Whether it was said that nothing is learned."""
-        """Whether the last step made the run go back to a checkpoint."""
         self._saved: int | None = None
         self._saving: Save | None = None
         if checkpoint is not None:

@@ -56,6 +56,18 @@ def test_the_number_is_the_sum_of_words_times_multipliers() -> None:
     assert hashes({"none": torch.empty(0), "one": torch.zeros(())}) == {"none": 0, "one": 0}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.uint8])
+def test_narrow_tensors_of_any_length_and_place(dtype: torch.dtype) -> None:
+    """Zeros fill the last word; where in its storage a tensor begins makes no difference."""
+    values = torch.arange(1, 24).to(dtype)
+    for begin in range(3):
+        for end in range(begin + 1, 12):
+            part = values[begin:end]
+            raw = part.contiguous().view(torch.uint8).numpy().tobytes()
+            raw += bytes(-len(raw) % 4)
+            assert bits(part) == by_hand(list(struct.unpack(f"<{len(raw) // 4}i", raw))), (begin, end)
+
+
 def test_every_change_of_bits_shows() -> None:
     chunk = len(multipliers(0))
     true = torch.randn(2 * chunk + 5, generator=torch.Generator().manual_seed(0))

@@ -162,6 +162,97 @@ def test_another_adapter_does_not_go_on() -> None:
         new_run(f"{PEFT}.alpha=16")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        f"{PEFT}.rank=8",
+        f"{PEFT}.dora=yes",
+        f"{PEFT}.layers=[query]",
+        f"{PEFT}.freeze_others=no",
+        f"{PEFT}.type=none",
+    ],
+)
+def test_force_is_not_offered_where_the_parameters_are_others(change: str) -> None:
+    trained("training.train_iters=3")
+    for force in (False, True):
+        config = loaded(change)
+        assert config.architecture is not None
+        with pytest.raises(UserError) as raised:
+            Run(config.train, config.architecture, force=force, console=Console())
+        assert "--force" not in str(raised.value)
+
+
+def test_the_same_adapter_in_other_words_goes_on() -> None:
+    trained("training.train_iters=3")
+    words = "[query, key_value, dense, mlp_1, mlp_2]"
+    run = new_run(f"{PEFT}.layers={words}", f"{PEFT}.quantization_block=32")
+    assert run.progress.iteration == 3
+
+
+def test_going_on_wants_no_adapter_to_begin_with() -> None:
+    trained("run.experiment_dir=first", "training.train_iters=3")
+    second = ("run.experiment_dir=second", "training.train_iters=3", "pretrained.adapter=first/checkpoint/3")
+    trained(*second)
+    shutil.rmtree("first")
+    assert new_run(*second).progress.iteration == 3
+
+
+def test_adapters_that_a_rate_of_0_freezes_keep_their_values_in_fp32() -> None:
+    trained("training.train_iters=3")
+    before = tensors("run/checkpoint/3")
+    trained(
+        "run.experiment_dir=second",
+        "training.train_iters=3",
+        "pretrained.adapter=run/checkpoint/3",
+        "model.base_model.transformer.attention_lr_scale=0",
+        "model.distributed.training_dtype=bf16",
+    )
+    after = tensors("second/checkpoint/3")
+    for name, tensor in before.items():
+        if name.startswith("model.") and "self_attn" in name:
+            assert after[name].dtype == torch.float32, name
+            assert torch.equal(after[name], tensor), name
+
+
+def test_a_base_with_nan_is_not_quantized() -> None:
+    weights = DrawnWeights(SHAPE, InitStd.for_architecture(SHAPE), 1, torch.device("cpu"))
+    draw = weights.load
+
+    def broken(name: str) -> torch.Tensor:
+        tensor = draw(name)
+        if name == "layers.1.mlp.up_proj.weight":
+            tensor[3, 5] = float("nan")
+        return tensor
+
+    weights.load = broken  # type: ignore[method-assign]
+    shutil.rmtree("base")
+    export_huggingface(weights, Path("base"), architecture=SHAPE, family="llama", dtype=torch.float32)
+    with pytest.raises(
+        UserError, match=r"'layers.1.mlp.up_proj.weight' cannot be quantized: a value is not finite"
+    ):
+        new_run(QLORA)
+
+
+def test_a_row_of_zeros_stays_one_under_dora() -> None:
+    weights = DrawnWeights(SHAPE, InitStd.for_architecture(SHAPE), 1, torch.device("cpu"))
+    draw = weights.load
+
+    def pruned(name: str) -> torch.Tensor:
+        tensor = draw(name)
+        if name.endswith("up_proj.weight"):
+            tensor[3] = 0
+        return tensor
+
+    weights.load = pruned  # type: ignore[method-assign]
+    shutil.rmtree("base")
+    export_huggingface(weights, Path("base"), architecture=SHAPE, family="llama", dtype=torch.float32)
+    trained(DORA, "training.export={format: llama, interval: 6, data_type: float32}")
+    assert all(loss == loss for loss in losses().values())
+    exported = open_huggingface(Path("run/export/llama/6")).weights
+    assert not exported.load("layers.0.mlp.up_proj.weight")[3].any()
+    assert exported.load("layers.0.mlp.up_proj.weight").isfinite().all()
+
+
 def test_the_base_keeps_its_values_and_an_export_has_the_merged_model() -> None:
     """By hand: W + 2 B A of what the checkpoint has, in fp32."""
     trained("training.export={format: llama, interval: 6, data_type: float32}")

@@ -10,6 +10,7 @@ from torch import Tensor
 from modelyard.config.adapter import Adapter, Quantization, block_matrices, is_adapter_parameter
 from modelyard.config.architecture import Architecture
 from modelyard.errors import UserError
+from modelyard.model.adapter import SHORTEST
 from modelyard.model.formats.source import WeightSource
 from modelyard.model.nf4 import dequantize, quantize
 
@@ -50,7 +51,7 @@ class MergedWeights:
         a, b = self._loaded(f"{matrix}.lora_A", dtype), self._loaded(f"{matrix}.lora_B", dtype)
         merged = torch.addmm(weight.to(dtype), b, a, alpha=self._adapter.scale)
         if self._adapter.dora:
-            lengths = torch.linalg.vector_norm(merged, dim=1)
+            lengths = torch.linalg.vector_norm(merged, dim=1).clamp_min_(SHORTEST)
             merged.mul_((self._loaded(f"{matrix}.lora_magnitude", dtype) / lengths).unsqueeze(1))
         return merged
 
