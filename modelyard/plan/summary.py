@@ -185,8 +185,8 @@ def _trained_rows(config: TrainConfig, architecture: Architecture) -> list[tuple
         if (how := adapter.quantization) is not None:
             rows.append(("base", quantization_words(how, architecture)))
     if frozen:
-        why = "beside an adapter" if adapter and adapter.freeze_others else "by a learning-rate scale of 0"
-        rows.append(("trained", f"{trained:,} ({frozen:,} frozen {why})"))
+        why = "" if adapter and adapter.freeze_others else " by a learning-rate scale of 0"
+        rows.append(("trained", f"{trained:,} ({frozen:,} frozen{why})"))
     return rows
 
 

@@ -201,6 +201,23 @@ def test_a_new_dora_is_the_base_within_rounding() -> None:
         torch.testing.assert_close(model(*inputs), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("quantization", [None, NF4])
+def test_new_magnitudes_are_the_lengths_of_what_is_computed_with(quantization: Quantization | None) -> None:
+    """Of a base in fp32 that is rounded to bf16, or to four bits, the rounded rows'."""
+    base = drawn(SHAPE)
+    adapter = replace(LORA, dora=True, quantization=quantization)
+    run = adapted(base, SHAPE, adapter, dtype=torch.bfloat16)
+    for name, magnitude in run.weights.master.items():
+        if name.endswith("lora_magnitude"):
+            weight = base[name.replace("lora_magnitude", "weight")]
+            if quantization is None:
+                used = weight.bfloat16().float()
+            else:
+                used = dequantize(quantize(weight, 16), torch.float32)
+            assert torch.equal(magnitude, torch.linalg.vector_norm(used, dim=1)), name
+            assert not torch.equal(magnitude, torch.linalg.vector_norm(weight, dim=1)), name
+
+
 # --- the base ---------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modelyard.config.adapter import is_adapter_parameter
+from modelyard.config.adapter import is_adapter_parameter, matmul_flops_per_token
 from modelyard.config.architecture import Architecture
 from modelyard.errors import UserError
 from modelyard.model.dropout import token_numbers
@@ -19,6 +19,7 @@ from modelyard.parallel.world import connected
 from modelyard.train.checkpoint import Checkpoint
 from modelyard.train.console import Console
 from modelyard.train.evaluate import evaluate
+from modelyard.train.metrics import IntervalMeter, training_record
 from modelyard.train.run import train
 from modelyard.train.state import Run
 from tests.parallel.processes import run_distributed
@@ -288,6 +289,20 @@ def test_evaluation_without_training_is_that_of_the_run(capsys: pytest.CaptureFi
     records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     wanted = next(r for r in records if r.get("evaluator") == "held_out" and r["iteration"] == 6)
     assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
+
+
+def test_a_record_counts_what_an_adapter_needs() -> None:
+    run = new_run()
+    assert run.adapter is not None
+    result, rate, _ = next(run.steps())
+    meter = IntervalMeter()
+    meter.add(2.0, 0.0, 128)
+    record = training_record(run, result, rate, meter, peak=1e9)
+    flops = 64 * matmul_flops_per_token(SHAPE, run.adapter)
+    flops += 64 * SHAPE.attention_flops_per_token(16, causal=True)
+    assert record["model_flops_per_second"] == flops
+    assert record["mfu_causal"] == pytest.approx(flops / 1e9)
+    assert flops < 64 * SHAPE.matmul_flops_per_token()
 
 
 def test_a_step_says_what_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
