@@ -56,7 +56,7 @@ def _validate(options: argparse.Namespace) -> int:
     processes = processes_asked(words) or (1 if words.nproc == "auto" else None)
     processes = None if processes is None else processes * words.most_nodes
     loaded = load(options, None, keep_problems=True)
-    for notice in loaded.notices:
+    for notice in [*loaded.notices, *loaded.remarks]:
         print(f"note: {notice}")
     text, problems, warnings = summarise(loaded, processes)
     print(text)

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from modelyard.config.adapter import LAYERS, MODULES, Adapter, Quantization, adapter_from
+from modelyard.config.peft import quantization_keys
 from modelyard.errors import UserError
+from modelyard.files import numbered_folders
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -53,6 +55,11 @@ class StoredAdapter:
     """Of the base's weights; None where nobody took it."""
     is_peft: bool
 
+    @property
+    def knows_quantization(self) -> bool:
+        """Whether it says how its base was kept in training. PEFT's own files do not."""
+        return not self.is_peft or self.fingerprint is not None
+
 
 def is_peft_folder(folder: Path) -> bool:
     """Whether `folder` holds an adapter as PEFT writes it."""
@@ -75,6 +82,24 @@ def stored_adapter(folder: Path) -> StoredAdapter | None:
         return StoredAdapter(folder, adapter, base.get("path"), base.get("fingerprint"), is_peft=False)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not describe an adapter that can be read ({error!r})") from None
+
+
+def no_adapter(folder: Path) -> str:
+    """What is wrong with a folder in which `stored_adapter` finds none, in one line with the folder that may be meant."""
+    for inside in (folder / "checkpoint", folder / "export" / "peft", folder):
+        if found := [each for each in numbered_folders(inside) if _may_hold_one(each)]:
+            which = "one of its checkpoints" if inside.name == "checkpoint" else "one of its adapters"
+            return f"{folder} is the folder of {'a run' if inside != folder else 'exports'}; name {which}: {found[-1]}"
+    return (
+        f"{folder} holds no adapter: neither adapter_config.json nor a checkpoint of a run that trained one"
+    )
+
+
+def _may_hold_one(folder: Path) -> bool:
+    try:
+        return stored_adapter(folder) is not None
+    except UserError:
+        return False
 
 
 _WORDS = ("query", "key", "value", "dense", "mlp_1", "mlp_2")
@@ -101,7 +126,6 @@ def peft_section(stored: StoredAdapter, *, gated: bool) -> dict[str, Any]:
             f"{stored.folder} adapts one of gate_proj and up_proj without the other, for which peft.layers has no word; merge "
             "it first (modelyard merge)"
         )
-    how = adapter.quantization
     return {
         "type": "lora",
         "rank": adapter.rank,
@@ -110,8 +134,7 @@ def peft_section(stored: StoredAdapter, *, gated: bool) -> dict[str, Any]:
         "layers": layers,
         "rank_stabilized": adapter.rank_stabilized,
         "dora": adapter.dora,
-        "quantization": "none" if how is None else "nf4",
-        **({} if how is None else {"quantization_block": how.block, "double_quantization": how.double}),
+        **quantization_keys(adapter.quantization),
     }
 
 
@@ -197,7 +220,7 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
         return [f"peft_type {kind!r} is not supported (only 'LORA')"]
     problems = []
     for key, why in _REFUSED.items():
-        if config.get(key):
+        if not _is_empty(config.get(key)):
             problems.append(f"{key} {_short(config[key])} is not supported: {why}")
     if config.get("bias", "none") != "none":
         problems.append(
@@ -217,8 +240,14 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
     return problems + [
         f"{key} {_short(value)} is not known here, nor what it does to the model"
         for key, value in config.items()
-        if value and key not in known
+        # A strength of 0.0 does nothing; a whole 0 may be the number of a layer.
+        if key not in known and not _is_empty(value) and not (isinstance(value, float) and value == 0)
     ]
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a key says nothing: 0 may be the first of something, `layers_to_transform: 0` the first layer."""
+    return value is None or value is False or value in ("", [], {})
 
 
 def _target_problems(targets: Any) -> list[str]:

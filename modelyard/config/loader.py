@@ -21,11 +21,13 @@ from modelyard.config.model import architecture_of, architecture_problems
 from modelyard.config.neighbours import NoEffect, take_neighbours
 from modelyard.config.newest import BATCH_SIZE, DIALECT
 from modelyard.config.peft import peft_export_problem, peft_problems
+from modelyard.config.peft import without_effect as nothing_to_adapt
 from modelyard.config.prepare import PrepareConfig
 from modelyard.config.problems import explain, faulty_paths, shown
 from modelyard.config.reading import Kind, Reading, read_documents
 from modelyard.config.scales import scale_problems
-from modelyard.config.starting import BASE_MODEL, shape_is_absent, starting_point
+from modelyard.config.scales import without_effect as nothing_to_scale
+from modelyard.config.starting import BASE_MODEL, dequantized_bases, shape_is_absent, starting_point
 from modelyard.config.train import TrainConfig
 from modelyard.config.training import ChatEvaluatorConfig, LossEvaluatorConfig
 from modelyard.errors import UserError, did_you_mean, missing_path
@@ -66,6 +68,8 @@ class Loaded:
     """What has to be changed before it can run; empty unless `load_config(..., keep_problems=True)` was asked."""
     silent_shape: dict[KeyPath, Any] = field(default_factory=dict)
     """Keys that make the kind of decoder, where nothing is written and the dialect's defaults hold."""
+    remarks: list[str] = field(default_factory=list)
+    """One line for each thing that a run will do and that may be another than the one that was meant."""
 
     def located(self, problems: Iterable[str]) -> list[str]:
         """Problems that begin with a key of `document` get the place where it is written."""
@@ -171,6 +175,7 @@ def _checked(reading: Reading, problems: list[str], keep_problems: bool) -> Load
             architecture,
             tensor_parallel=tensor_parallel,
             has_weights=has_weights,
+            has_path=config.pretrained is not None,
         ):
             path = (*TRANSFORMER, "peft", key)
             problems.append(f"{base.origin(path)}: {dotted(path)}: {problem}")
@@ -185,6 +190,14 @@ def _checked(reading: Reading, problems: list[str], keep_problems: bool) -> Load
     if not faulty & {"training", "data"}:
         _check_names(config, base, problems, warnings)
     without_effect += _scaler_without_effect(config, document)
+    if "model" not in faulty:
+        model = config.model.base_model
+        idle = {
+            f"transformer.peft.{key}": why for key, why in nothing_to_adapt(model.transformer.peft).items()
+        }
+        for key, why in (idle | nothing_to_scale(model)).items():
+            if document.get((*BASE_MODEL, *key.split("."))) is not None:
+                without_effect.append(NoEffect(f"model.base_model.{key}", object, why))
     if problems and (faulty or not keep_problems):
         raise UserError(*dict.fromkeys(problems))
     warnings += _missing_data(config, base)
@@ -201,6 +214,7 @@ def _checked(reading: Reading, problems: list[str], keep_problems: bool) -> Load
         without_effect,
         reading.as_written(problems),
         silent,
+        dequantized_bases(config, base),
     )
 
 

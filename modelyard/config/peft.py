@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from modelyard.config.adapter import LAYERS, MODULES, Adapter, Quantization, block_matrices
 from modelyard.config.architecture import Architecture
@@ -39,6 +39,36 @@ class PeftConfig(Section):
     double_quantization: bool = False
     """nf4: keep scales in 8 bits too, about 4.1 bits a weight."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _type_is_said(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values and "type" not in values:
+            raise ValueError(
+                "without a type every weight is trained; write type: lora, or type: none to say so"
+            )
+        return values
+
+    @field_validator("type", mode="before")
+    @classmethod
+    def _kinds_of_lora(cls, value: Any) -> Any:
+        if isinstance(value, str) and (keys := _KINDS.get(value.lower())):
+            raise ValueError(f"'{value}' is a kind of lora; write type: lora, {keys}")
+        return value
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _one_word(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+_KINDS = {
+    "dora": "dora: yes",
+    "rslora": "rank_stabilized: yes",
+    "qlora": "quantization: nf4",
+    "qdora": "dora: yes, quantization: nf4",
+}
+_WORD_OF = {module: word for word, modules in LAYERS.items() for module in modules if word != "key_value"}
+
 
 def modules_of(peft: PeftConfig) -> tuple[str, ...]:
     """The matrices that `layers` means, in the model's order."""
@@ -69,11 +99,35 @@ def adapter_of(peft: PeftConfig) -> Adapter | None:
 
 def adapter_words(adapter: Adapter) -> str:
     """An adapter as one reads it: `LoRA of rank 8 on q_proj, v_proj`."""
-    kind = (
-        ("QDoRA" if adapter.dora else "QLoRA") if adapter.quantization else "DoRA" if adapter.dora else "LoRA"
-    )
     where = "every matrix of the blocks" if adapter.modules == MODULES else ", ".join(adapter.modules)
-    return f"{kind} of rank {adapter.rank} on {where}"
+    return f"{_kind(adapter)} of rank {adapter.rank} on {where}"
+
+
+def adapter_in_short(adapter: Adapter, architecture: Architecture) -> str:
+    """`448,512 (LoRA, rank 16)`: how many numbers it has, and its kind."""
+    return f"{adapter.parameter_count(architecture):,} ({_kind(adapter)}, rank {adapter.rank})"
+
+
+def _kind(adapter: Adapter) -> str:
+    kind = "DoRA" if adapter.dora else "LoRA"
+    kind = f"rs{kind}" if adapter.rank_stabilized else kind
+    return f"Q{kind}" if adapter.quantization else kind
+
+
+def quantization_keys(how: Quantization | None) -> dict[str, Any]:
+    """The keys of `peft` that say how a base is kept."""
+    if how is None:
+        return {"quantization": "none"}
+    return {
+        "quantization": "nf4",
+        "quantization_block": how.block,
+        "double_quantization": how.double,
+    }
+
+
+def yaml_line(key: str, value: str | int | bool) -> str:
+    """`double_quantization: no`"""
+    return f"{key}: {('no', 'yes')[value] if isinstance(value, bool) else value}"
 
 
 def quantization_words(how: Quantization, architecture: Architecture) -> str:
@@ -86,23 +140,30 @@ def quantization_words(how: Quantization, architecture: Architecture) -> str:
         held = weights // 2 + weights // how.block * 4
     scales = ", scales in 8 bits" if how.double else ""
     return (
-        f"nf4 in blocks of {how.block}{scales}: {8 * held / weights:.2f} bits a weight, {held / 2**30:.2f} GiB for the blocks' "
+        f"nf4 in blocks of {how.block}{scales}: {8 * held / weights:.2f} bits a weight, {held / 2**20:,.1f} MiB for the blocks' "
         "matrices"
     )
 
 
 def peft_problems(
-    peft: PeftConfig, architecture: Architecture, *, tensor_parallel: int, has_weights: bool
+    peft: PeftConfig,
+    architecture: Architecture,
+    *,
+    tensor_parallel: int,
+    has_weights: bool,
+    has_path: bool = False,
 ) -> list[tuple[str, str]]:
     """What of the section cannot be meant: (its key, one-line problem with the line to write).
 
-    `has_weights`: whether training begins with weights that somebody trained.
+    `has_weights`: whether training begins with weights that somebody trained; `has_path`: whether such are named.
     """
     problems = []
     known = (*LAYERS, "all")
     for layer in peft.layers:
         if layer not in known:
             hint = did_you_mean(layer, known) or f"; there are: {', '.join(known)}"
+            if layer in _WORD_OF:
+                hint = f"; it is called '{_WORD_OF[layer]}' here"
             problems.append(("layers", f"there is no layer '{layer}'{hint}"))
     if peft.type == "none":
         if peft.quantization != "none":
@@ -132,8 +193,8 @@ def peft_problems(
         problems.append(
             (
                 "type",
-                "there is nothing to adapt: the base would be random and stay so; give pretrained.path, or write "
-                "freeze_others: no",
+                "there is nothing to adapt: the base would be random and stay so; "
+                f"{'write pretrained.model_weights: yes' if has_path else 'give pretrained.path'}, or write freeze_others: no",
             )
         )
     if peft.quantization == "nf4":
@@ -141,6 +202,16 @@ def peft_problems(
     elif peft.double_quantization:
         problems.append(("double_quantization", "nothing is quantized; write quantization: nf4"))
     return problems
+
+
+def without_effect(peft: PeftConfig) -> dict[str, str]:
+    """Keys of the section that change nothing as the others are, and why."""
+    if peft.type == "none":
+        alone = "there is no adapter (type: none)"
+        return {key: alone for key in PeftConfig.model_fields if key != "type"}
+    if peft.quantization == "none":
+        return {"quantization_block": "nothing is quantized (quantization: none)"}
+    return {}
 
 
 def peft_export_problem(peft: PeftConfig) -> str | None:
@@ -172,6 +243,8 @@ def _quantization_problems(
         possible = [size for size in (128, 64, 32, 16) if not any(width % size for width in widths.values())]
         module, width = next(iter((wrong or widths).items()))
         reason = f"{module} has rows of {width} weights" if wrong else "a block is a multiple of 16"
+        if wrong and module in _BY_COLUMNS and tensor_parallel > 1:
+            reason += f" on each of {tensor_parallel} tensor-parallel processes"
         write = f"write {possible[0]}" if possible else "write quantization: none"
         return [("quantization_block", f"{reason}, which blocks of {block} do not fill; {write}")]
     if peft.double_quantization:

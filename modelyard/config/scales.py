@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from modelyard.config.adapter import is_adapter_parameter
+from modelyard.config.adapter import MODULES, is_adapter_parameter
 from modelyard.config.architecture import Architecture
 from modelyard.config.model import BaseModelConfig
-from modelyard.config.peft import adapter_of
+from modelyard.config.peft import adapter_of, modules_of
 
 
 def rate_scales(model: BaseModelConfig, architecture: Architecture, default: float = 1.0) -> dict[str, float]:
@@ -71,9 +71,26 @@ def scale_problems(
                 "the output layer is the embedding (tie_word_embeddings: yes); write embeddings_lr_scale",
             )
         )
-    if not problems and not any(rate_scales(model, architecture, default).values()):
+    is_empty = model.transformer.peft.type == "lora" and not modules_of(
+        model.transformer.peft
+    )  # said elsewhere
+    if not problems and not is_empty and not any(rate_scales(model, architecture, default).values()):
         problems.append(("transformer", "every parameter is frozen: no learning-rate scale is above 0"))
     return problems
+
+
+def without_effect(model: BaseModelConfig) -> dict[str, str]:
+    """Factors below model.base_model that hold for nothing that is trained, and why."""
+    adapter = adapter_of(model.transformer.peft)
+    if adapter is None or not adapter.freeze_others:
+        return {}
+    frozen = "it keeps its values beside an adapter (peft.freeze_others: yes)"
+    found = {"embeddings_lr_scale": frozen, "output_lr_scale": frozen}
+    if not set(adapter.modules) & set(MODULES[:4]):
+        found["transformer.attention_lr_scale"] = "no matrix of the attention has an adapter"
+    if not set(adapter.modules) & set(MODULES[4:]):
+        found["transformer.mlp_lr_scale"] = "no matrix of the feed-forward has an adapter"
+    return found
 
 
 def _one(scale: float | list[float | None] | None) -> float | None:

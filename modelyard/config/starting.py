@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from modelyard.config.adapter import LAYERS, MODULES
-from modelyard.config.adapter_files import origin_of, peft_section, stored_adapter
+from modelyard.config.adapter_files import no_adapter, origin_of, peft_section, stored_adapter
 from modelyard.config.architecture import Architecture
 from modelyard.config.document import Document, KeyPath, dotted
 from modelyard.config.huggingface import FAMILIES, can_export
 from modelyard.config.model import base_model_of
+from modelyard.config.peft import adapter_of, yaml_line
 from modelyard.config.presets import preset
 from modelyard.config.pretrained import has_shape, is_checkpoint, read_shape
+from modelyard.config.train import TrainConfig
 from modelyard.errors import UserError, missing_path
 
 BASE_MODEL: KeyPath = ("model", "base_model")
@@ -57,6 +60,14 @@ def _starting_model(
     except (UserError, ValueError) as error:
         problems += [f"{origin}: pretrained.path: {problem}" for problem in str(error).splitlines()]
         return base, None, warnings
+    if is_checkpoint(folder) and document.get((*PEFT, "type")) == "lora":
+        stored = stored_adapter(folder)
+        if stored is not None and stored.adapter.freeze_others:
+            problems.append(
+                f"{origin}: pretrained.path: {folder} is the checkpoint of an adapter; to go on with it write it as "
+                "pretrained.adapter, and the model that it adapts as pretrained.path; for a new one on top of it `modelyard merge` "
+                "it first"
+            )
     wanted = document.get(("pretrained", "format"), "auto")
     if isinstance(wanted, str) and wanted in FAMILIES and is_checkpoint(folder):
         if reason := can_export(architecture, wanted):  # a checkpoint is of no family; it may fit several
@@ -69,9 +80,9 @@ def _starting_model(
             f"{document.origin(('pretrained', 'format'))}: pretrained.format is {wanted}, but {folder}/config.json "
             f"says {family}; write format: {family}"
         )
-    stored = "*.distcp" if is_checkpoint(folder) else "*.safetensors"
-    if document.get(("pretrained", "model_weights"), True) is True and not any(folder.glob(stored)):
-        warnings.append(f"{origin}: pretrained.path: {folder} has no weights ({stored})")
+    files = "*.distcp" if is_checkpoint(folder) else "*.safetensors"
+    if document.get(("pretrained", "model_weights"), True) is True and not any(folder.glob(files)):
+        warnings.append(f"{origin}: pretrained.path: {folder} has no weights ({files})")
     if isinstance(name, str) and base.get(BASE_MODEL) != values:
         origin_of_preset = document.origin(("model", "preset"))
         warnings.append(
@@ -92,23 +103,26 @@ def _read_adapter(
     origin = document.origin(("pretrained", "adapter"))
     if not folder.is_dir():
         return [f"{origin}: pretrained.adapter: {missing_path(folder)}"]
+    if document.get(("pretrained", "model_weights"), True) is False:
+        problems.append(
+            f"{origin}: pretrained.adapter: {folder} adapts weights that are not read; write pretrained.model_weights: yes"
+        )
+        return []
     try:
         stored = stored_adapter(folder)
         if stored is None:
-            raise UserError(
-                f"{folder} holds no adapter: neither adapter_config.json nor a checkpoint of a run that trained one"
-            )
+            raise UserError(no_adapter(folder))
         if not stored.adapter.freeze_others:
             raise UserError(
                 f"{folder} has its base inside, which was trained with it; write pretrained.path: {folder} alone"
             )
+        if document.get((*PEFT, "type"), "lora") != "lora":
+            return []  # merged, whatever it adapts
         section = peft_section(stored, gated=gated)
     except UserError as error:
         problems += [f"{origin}: pretrained.adapter: {problem}" for problem in error.problems]
         return []
     base.put(PEFT, section, origin_of(stored))
-    if document.get((*PEFT, "type"), "lora") != "lora":
-        return []
     for key in ("rank", "alpha", "layers", "rank_stabilized", "dora"):
         wanted = document.get((*PEFT, key), section[key])
         if wanted != section[key] and not (key == "layers" and _same_layers(wanted, section[key])):
@@ -117,7 +131,54 @@ def _read_adapter(
                 f"{document.origin((*PEFT, key))}: {dotted((*PEFT, key))} is another than that of pretrained.adapter "
                 f"{folder} ({value}); leave it out"
             )
+    if stored.knows_quantization:
+        problems += _other_quantization(folder, section, document)
     return []
+
+
+def _other_quantization(folder: Path, section: dict[str, Any], document: Document) -> list[str]:
+    """Where the user has the base kept otherwise than it was while the adapter was trained: it would be another model."""
+    lines = []
+    for key in ("quantization", "quantization_block", "double_quantization"):
+        wanted = document.get((*PEFT, key), section.get(key))
+        if key in section and wanted != section[key]:
+            lines.append(
+                f"{document.origin((*PEFT, key))}: {dotted((*PEFT, key))}: pretrained.adapter {folder} was trained with another; "
+                f"write {yaml_line(key, section[key])}"
+            )
+    return lines
+
+
+def dequantized_bases(config: TrainConfig, document: Document) -> list[str]:
+    """One line for each place where an adapter that was trained on a quantised base is merged, and into what."""
+    pretrained, export = config.pretrained, config.training.export
+    adapter = adapter_of(config.model.base_model.transformer.peft)
+    lines = []
+    if pretrained is not None and pretrained.model_weights:
+        folders = {"path": pretrained.path} | (
+            {"adapter": pretrained.adapter} if pretrained.adapter is not None and adapter is None else {}
+        )
+        for key, folder in folders.items():
+            if _is_of_quantized(folder):
+                lines.append(
+                    f"{document.origin(('pretrained', key))}: pretrained.{key}: {folder} is merged into what it was trained on, its "
+                    "base quantised and made numbers again (into the base as it is: modelyard merge --onto original)"
+                )
+    if adapter is not None and adapter.quantization is not None and export.format not in (None, "peft"):
+        lines.append(
+            f"{document.origin(('training', 'export', 'format'))}: training.export.format {export.format}: the adapter is merged "
+            "into what it is trained on, the base quantised and made numbers again (into the base as it is: format peft, then "
+            "modelyard merge --onto original)"
+        )
+    return lines
+
+
+def _is_of_quantized(folder: Path) -> bool:
+    try:
+        stored = stored_adapter(folder)
+    except UserError:
+        return False  # said where it is opened
+    return stored is not None and stored.adapter.quantization is not None
 
 
 def _same_layers(one: object, other: list[str]) -> bool:

@@ -240,7 +240,14 @@ class ExportConfig(KeptConfig):
     """Family of the folder: which of transformers' models reads it; an adapter is merged into its base. Or peft: of an adapter
     nothing but itself, as PEFT reads it. Required with an interval."""
     data_type: DataType = "bfloat16"
-    """Type of the exported weights."""
+    """Type of the exported weights; of format peft float32 where nothing is said, as adapters are trained."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _adapters_as_trained(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("format") == "peft":
+            return {"data_type": "float32", **values}
+        return values
 
     @model_validator(mode="after")
     def _format_given(self) -> ExportConfig:

@@ -7,14 +7,17 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from modelyard.errors import UserError, missing_path
 from modelyard.generate.sample import SamplingOptions
 from modelyard.generate.text import Generator
 from modelyard.model.decoder import Decoder
-from modelyard.model.formats import load_decoder
+from modelyard.model.formats import load_adapted, load_decoder
+from modelyard.train.adapted import adapted_weights
 from modelyard.train.build import compute_device
 from modelyard.train.export import named_tokenizer
-from modelyard.train.models_on_disk import open_model
+from modelyard.train.models_on_disk import OpenModel, open_model
 from modelyard.train.weights import DTYPES
 
 
@@ -66,24 +69,29 @@ def load_model(
 ) -> tuple[Decoder, Path]:
     """A model on disk in whatever form, ready to generate, and the folder of its tokenizer, or the one that is named.
 
-    `dtype` None: the weights' own. `base`: what an adapter adapts, where it is not at the place that it names. Raises
-    UserError where there is no model, or no tokenizer.
+    An adapter stays beside its base, as in training. `dtype` None: the weights' own, those of an adapter's base. `base`: what
+    an adapter adapts, where it is not at the place that it names. Raises UserError where there is no model, or no tokenizer.
     """
     named = named_tokenizer(tokenizer)
     model = open_model(path, base=base)
     folder = named or model.tokenizer_folder
     if folder is None:
         raise UserError(f"{path} has no tokenizer beside it; name one with --tokenizer DIR")
-    decoder = load_decoder(
-        model.weights,
-        model.architecture,
-        where=str(model.folder),
-        dtype=DTYPES[dtype] if dtype else None,
-        device=compute_device(),
-    )
+    decoder = _decoder(model, DTYPES[dtype] if dtype else None)
     # The roundings of transformers, so that greedy text in bf16 is the same there and here.
     decoder.rotary_dtype = decoder.output_weight.dtype
     return decoder, folder
+
+
+def _decoder(model: OpenModel, dtype: torch.dtype | None) -> Decoder:
+    device = compute_device()
+    if model.adapted is None:
+        return load_decoder(
+            model.weights, model.architecture, where=str(model.folder), dtype=dtype, device=device
+        )
+    dtype = dtype or model.adapted.base.dtype("embed_tokens.weight")
+    adapter, weights = adapted_weights(model, dtype=dtype, device=device)
+    return load_adapted(weights, adapter, model.architecture, dtype=dtype, device=device)
 
 
 def _read_prompt(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -153,7 +154,8 @@ def _meeting(node: Node) -> tuple[RendezvousHandler, Store, str, bool]:
         parameters = RendezvousParameters(
             backend="c10d",
             endpoint=endpoint,
-            run_id=node.run_id,
+            # torch makes a folder of this name among its logs: one name, and no path.
+            run_id=re.sub(r"[^\w.-]+", "-", node.run_id),
             min_nodes=node.possible[0],
             max_nodes=node.possible[-1],
             local_addr=address,

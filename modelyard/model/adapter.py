@@ -50,6 +50,8 @@ class AdaptedLinear(nn.Linear):
     """Whether the adapter takes part; without it this is the base."""
     kind: str
     """Which matrix of a block this is: `q_proj`."""
+    fixed_lengths: Tensor | None = None
+    """What `_lengths` gives, where it was found once because nothing is trained (`fix_lengths`)."""
     words: Tensor | None = None
     """In a forward that leaves some of the adapter's inputs out: what `modelyard.model.dropout.token_words` gives."""
 
@@ -64,7 +66,7 @@ class AdaptedLinear(nn.Linear):
         a, b, scale = local(self.lora_A), local(self.lora_B), self.adapter.scale
         if self.lora_magnitude is not None:
             # A row of zeros has no direction, and its magnitude is 0: it stays one.
-            lengths = self._lengths(a, b).clamp_min_(SHORTEST)
+            lengths = self._lengths() if self.fixed_lengths is None else self.fixed_lengths
             factor = (local(self.lora_magnitude) / lengths).to(x.dtype)
             y = self._low_rank(x, None, a, b, scale) * factor
             return y if bias is None else y + bias
@@ -96,12 +98,15 @@ class AdaptedLinear(nn.Linear):
         return y
 
     @torch.no_grad()
-    def _lengths(self, a: Tensor, b: Tensor) -> Tensor:
-        """The length of each row of W + scale * B A, [out], in fp32 or wider."""
+    def _lengths(self) -> Tensor:
+        """The length of each row of W + scale * B A, [out], in fp32 or wider; at least `SHORTEST`."""
+        assert self.lora_A is not None
+        assert self.lora_B is not None
+        a, b = local(self.lora_A), local(self.lora_B)
         dtype = wide(a.dtype)
         matrix = self.matrix(dtype)
         squares = torch.addmm(matrix, b.to(dtype), a.to(dtype), alpha=self.adapter.scale).square_().sum(1)
-        return self.summed_squares(squares).sqrt_()
+        return self.summed_squares(squares).sqrt_().clamp_min_(SHORTEST)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """What is here of W, as it is computed with, [out, in]."""
@@ -217,6 +222,13 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.is_on = True
+
+
+def fix_lengths(model: nn.Module) -> None:
+    """Find the lengths of DoRA's rows once, for a model that is not trained: they take as long as many tokens' products."""
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear) and module.lora_magnitude is not None:
+            module.fixed_lengths = module._lengths()
 
 
 def is_quantized_part(name: str) -> bool:

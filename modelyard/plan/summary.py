@@ -219,6 +219,8 @@ def _layout_rows(loaded: Loaded, processes: int | None, problems: list[str]) -> 
 def _packing(config: TrainConfig) -> str:
     batch = config.batch
     cut = "cut at the ends of rows" if batch.truncate_documents else "packed whole"
+    if batch.truncate_documents and batch.overlong == "auto":
+        cut += " (conversations: packed whole)"
     seen = (
         "attention over all of a row" if batch.cross_document_attention else "attention within each document"
     )

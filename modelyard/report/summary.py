@@ -30,6 +30,8 @@ class Figures:
     """What a run came to. None where its folder does not tell; units: tokens, seconds, bytes, FLOP/s, shares of 1."""
 
     parameters: int | None
+    trained: str | None
+    """What is trained, where that is an adapter."""
     processes: str | None
     """How many there were the last time it was started, and what they shared."""
     iterations: int
@@ -68,6 +70,7 @@ def figures(run: Run) -> Figures:
     skipped = run.column("skipped_steps")
     return Figures(
         parameters=parameters if isinstance(parameters, int) else None,
+        trained=trained if isinstance(trained := run.facts.get("trained"), str) else None,
         processes=layout if isinstance(layout, str) else None,
         iterations=iterations,
         planned_iterations=planned,
@@ -149,6 +152,7 @@ def rows(found: list[Figures]) -> list[tuple[str, list[str]]]:
         ("State", [one.state for one in found]),
         ("Last record", [_moment(one.last_time) for one in found]),
         ("Parameters", [units.quantity(one.parameters) for one in found]),
+        *([("Trained", [one.trained or "all" for one in found])] if any(one.trained for one in found) else []),
         ("Processes", [one.processes or units.UNKNOWN for one in found]),
         ("Iterations", [_iterations(one) for one in found]),
         ("Tokens", [units.quantity(one.tokens) for one in found]),

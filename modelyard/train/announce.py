@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from modelyard.config.layout import Layout
+from modelyard.config.peft import adapter_in_short
 from modelyard.config.traces import trace_warnings
 from modelyard.files import CHAT_FILE
 from modelyard.plan.layout import layout_line, layout_rows
@@ -64,6 +65,8 @@ def say_start(run: Run) -> None:
             )
     else:
         text = f"{run.architecture.parameter_count():,} parameters, {train_iters:,} iterations"
+        if run.adapter is not None:
+            text += f", {adapter_in_short(run.adapter, run.architecture)} trained"
         run.events.add("started", 0, text, say=False, **facts)
         if restart:
             console.line("from the beginning again, for there is no checkpoint yet")

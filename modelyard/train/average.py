@@ -145,6 +145,12 @@ def average(
     if problems := _misfits(sources):
         raise UserError(*problems)
     state, config = _description(sources)
+    for model in (source.model for source in sources):
+        if model.adapted is not None and model.adapted.adapter.quantization is not None:
+            print(
+                f"note: {model.folder} is averaged as it was trained: merged into its base quantised and made numbers again (into "
+                "the base as it is: modelyard merge --onto original)"
+            )
     with complete_or_absent(destination, manifest=True) as temporary:
         write_weights(temporary, AveragedWeights(sources))
         _carry_tokenizer(sources, temporary / "tokenizer")

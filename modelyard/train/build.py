@@ -98,7 +98,10 @@ def _base_weights(architecture: Architecture, config: TrainConfig) -> tuple[Weig
             source = open_model(pretrained.adapter, base=path).weights
             origin += f", {pretrained.adapter} merged into them"
         else:
-            source = open_model(path).weights
+            try:
+                source = open_model(path).weights
+            except UserError as error:
+                raise UserError(*(f"pretrained.path: {problem}" for problem in error.problems)) from None
         if problems := fit_problems(source, architecture, pretrained.path):
             raise UserError(*problems)
         return source, origin

@@ -16,6 +16,7 @@ from modelyard.errors import UserError, missing_path
 from modelyard.parallel.apply import parallelize
 from modelyard.parallel.mesh import Mesh, alone
 from modelyard.parallel.world import connected
+from modelyard.train.adapted import adapted_weights
 from modelyard.train.build import (
     compute_device,
     open_stream,
@@ -33,9 +34,9 @@ from modelyard.train.weights import DTYPES
 def evaluate(loaded: Loaded, *, checkpoint: Path | None, as_json: bool, base: Path | None = None) -> int:
     """Run every evaluator (and the test set, if the config has one) once. Returns the exit status.
 
-    `checkpoint` is a checkpoint folder, or PEFT's of an adapter; None takes the newest of `run.experiment_dir`. An adapter is
-    merged into its base, which is at the place that it names or in `base`. Under torchrun every process of the
-    job calls this; the main one speaks.
+    `checkpoint` is a checkpoint folder, or PEFT's of an adapter; None takes the newest of `run.experiment_dir`. An adapter
+    is computed with as in training, beside its base, which is at the place that it names or in `base`. Under torchrun
+    every process of the job calls this; the main one speaks.
     """
     config = loaded.train
     if not config.training.evaluators and not config.training.test_iters:
@@ -62,26 +63,36 @@ def evaluate(loaded: Loaded, *, checkpoint: Path | None, as_json: bool, base: Pa
         assert found is not None
         with world.together():
             source = source or _reopened(found, base)
-            fill = stored_weights(source.weights, source.architecture, found)
+            device, dtype = compute_device(), DTYPES[distributed.training_dtype]
+            adapter = None
+            if source.adapted is None:
+                fill = stored_weights(source.weights, source.architecture, found)
+            else:
+                adapter, weights = adapted_weights(
+                    source, dtype=dtype, device=device, tensor_parallel=layout.tensor
+                )
+                fill = weights.fill
             tokenizer = None
             if "training" in config.data.datasets:
                 tokenizer = tokenizer_folder(config, open_stream(config, "training", source.architecture))
             evaluators = Evaluators(
                 config, source.architecture, tokenizer_folder=tokenizer, say=say, world=world
             )
-        device, dtype = compute_device(), DTYPES[distributed.training_dtype]
+        # Alone there is no need of master weights beside those to compute with; of a base that is adapted there are none.
+        is_cast = world.is_alone and adapter is None
         parallel = parallelize(
             source.architecture,
             alone(device) if world.is_alone else Mesh(layout, device),
-            # Alone there is no need of master weights beside those to compute with.
-            compute_dtype=torch.promote_types(dtype, torch.float32) if world.is_alone else dtype,
+            compute_dtype=torch.promote_types(dtype, torch.float32) if is_cast else dtype,
             recompute="none",
             compile=False,
             sequence_length=config.batch.sequence_length,
             fill=fill,
+            frozen=frozenset(source.architecture.parameter_shapes() if adapter is not None else ()),
+            adapter=adapter,
         )
         parallel.weights.publish()
-        if world.is_alone:
+        if is_cast:
             parallel.models[0].to(dtype)
         say(f"checkpoint {found}")
         iteration = source.checkpoint.iteration if source.checkpoint else 0

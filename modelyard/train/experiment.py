@@ -14,6 +14,7 @@ import torch
 import modelyard
 from modelyard.config.architecture import Architecture, architecture_from
 from modelyard.config.layout import Layout
+from modelyard.config.peft import adapter_in_short, adapter_of
 from modelyard.config.train import TrainConfig
 from modelyard.errors import UserError
 from modelyard.files import replace_text
@@ -84,6 +85,7 @@ def write_description(
     data_fingerprint: str,
 ) -> None:
     """`config.json`: what runs here, complete or as it was before; `started` in it is in seconds since 1970."""
+    adapter = adapter_of(config.model.base_model.transformer.peft)
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     description: dict[str, Any] = {
         "modelyard_version": modelyard.__version__,
@@ -95,6 +97,7 @@ def write_description(
         "config": config.model_dump(mode="json"),
         "architecture": dataclasses.asdict(architecture),
         "parameters": architecture.parameter_count(),
+        "trained": None if adapter is None else adapter_in_short(adapter, architecture),
         "tokens_per_iteration": config.batch.tokens,
         "data_fingerprint": data_fingerprint,
     }

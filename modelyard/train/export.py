@@ -31,14 +31,16 @@ class LiveWeights:
     """
 
     def __init__(self, parallel: Parallel, world: World, shapes: Mapping[str, tuple[int, ...]]):
-        """`shapes` are those of the parameters that are asked for, all of one type."""
+        """`shapes` are those of the parameters that are asked for."""
         self._parallel, self._world, self._shapes = parallel, world, shapes
-        self._dtype = next(p.dtype for name, p in parallel.weights.master.items() if name in shapes)
         self._owner: dict[str, int] = {}
         """Of each parameter's stage the lowest rank, which hands it on."""
-        for number, names in enumerate(world.gather(parallel.own)):
-            for name in names:
+        self._dtypes: dict[str, torch.dtype] = {}
+        own = {name: parallel.weights.master[name].dtype for name in parallel.own}
+        for number, dtypes in enumerate(world.gather(own)):
+            for name, dtype in dtypes.items():
                 self._owner.setdefault(name, number)
+                self._dtypes.setdefault(name, dtype)
 
     def names(self) -> list[str]:
         return list(self._shapes)
@@ -47,7 +49,7 @@ class LiveWeights:
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._dtype
+        return self._dtypes[name]
 
     def load(self, name: str) -> Tensor:
         self._world.tell(name)
@@ -75,7 +77,7 @@ class LiveWeights:
             assert full is not None
             world.send(full.cpu().contiguous(), to=0)
         elif world.is_main:
-            full = world.receive(torch.empty(self._shapes[name], dtype=self._dtype), sender=owner)
+            full = world.receive(torch.empty(self._shapes[name], dtype=self._dtypes[name]), sender=owner)
         return full
 
 
@@ -85,11 +87,13 @@ def export_weights(
     *,
     config: TrainConfig,
     tokenizer_folder: Path | None,
+    base: Mapping[str, str] | None,
     world: World,
 ) -> None:
     """Write the model as `training.export` says; `destination` appears only once it is complete.
 
-    Every process calls this, the main one writes; what goes wrong there is raised in all.
+    `base` is what an adapter that is trained alone was filled around: "path" and "fingerprint". Raises UserError where
+    other weights lie in its folder by now. Every process calls this, the main one writes; what goes wrong there is raised in all.
     """
     adapter = adapter_of(config.model.base_model.transformer.peft)
     shapes = parallel.architecture.parameter_shapes() if adapter is None or not adapter.freeze_others else {}
@@ -99,7 +103,7 @@ def export_weights(
             live.serve()
             return
         try:
-            _write(live, adapter, destination, config, parallel.architecture, tokenizer_folder)
+            _write(live, adapter, destination, config, parallel.architecture, tokenizer_folder, base)
         finally:
             live.done()
 
@@ -111,16 +115,23 @@ def _write(
     config: TrainConfig,
     architecture: Architecture,
     tokenizer_folder: Path | None,
+    base: Mapping[str, str] | None,
 ) -> None:
     """What the main process does of `export_weights`. A base that keeps its values is read from its folder again."""
     export, path = config.training.export, Path(config.pretrained.path) if config.pretrained else None
     assert export.format is not None
     weights: WeightSource = live
     if adapter is not None:
-        base: WeightSource = live
+        below: WeightSource = live
         if adapter.freeze_others:
             assert path is not None
+            assert base is not None
             model = open_model(path)
+            if (found := base_fingerprint(model.weights)) != base["fingerprint"]:
+                raise UserError(
+                    f"pretrained.path: the weights in {path} (fingerprint {found[:12]}) are no longer those that the run was started "
+                    f"with ({base['fingerprint'][:12]}); put these back"
+                )
             if export.format == "peft":
                 write_peft(
                     live,
@@ -128,15 +139,15 @@ def _write(
                     adapter=adapter,
                     architecture=architecture,
                     family=model.family,
-                    base_path=model.folder.resolve(),
-                    fingerprint=base_fingerprint(model.weights),
+                    base_path=Path(base["path"]),
+                    fingerprint=base["fingerprint"],
                     dtype=DTYPES[export.data_type],
                     tokenizer_folder=tokenizer_folder,
                     replace=True,
                 )
                 return
-            base = as_trained_on(model.weights, adapter, architecture)
-        weights = MergedWeights(base, live, adapter)
+            below = as_trained_on(model.weights, adapter, architecture)
+        weights = MergedWeights(below, live, adapter)
     export_huggingface(
         weights,
         destination,

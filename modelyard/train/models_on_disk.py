@@ -11,9 +11,16 @@ import torch
 from torch import Tensor
 
 from modelyard.config.adapter import Adapter, is_adapter_parameter
-from modelyard.config.adapter_files import PEFT_WEIGHTS, StoredAdapter, is_peft_folder, stored_adapter
+from modelyard.config.adapter_files import (
+    PEFT_WEIGHTS,
+    StoredAdapter,
+    is_peft_folder,
+    no_adapter,
+    stored_adapter,
+)
 from modelyard.config.architecture import Architecture
 from modelyard.config.huggingface import FAMILIES, read_config
+from modelyard.config.peft import quantization_keys, yaml_line
 from modelyard.config.pretrained import model_tokenizer, natural_family, reference_folder
 from modelyard.errors import UserError, missing_path
 from modelyard.files import numbered_folders
@@ -157,7 +164,8 @@ def _open_adapter(
     here = folder.resolve()
     found = base_path or _named_base(stored)
     if found.resolve() in (here, *above):
-        raise UserError(f"{folder} names itself as its base; give the model that it adapts with --base DIR")
+        itself = "itself" if found.resolve() == here else f"{found}, which adapts {folder} in turn,"
+        raise UserError(f"{folder} names {itself} as its base; give the model that it adapts with --base DIR")
     base = _open(found, None, (here, *above))
     _refuse_other_base(stored, base, checkpoint)
     weights = _adapter_weights(stored, base, checkpoint)
@@ -200,20 +208,23 @@ def first_adapter(path: Path, adapter: Adapter, base: Path) -> WeightSource:
         raise UserError(f"pretrained.adapter: {missing_path(path)}")
     stored = stored_adapter(path)
     if stored is None:
-        raise UserError(
-            f"pretrained.adapter: {path} holds no adapter (adapter_config.json, or a checkpoint of one)"
-        )
+        raise UserError(f"pretrained.adapter: {no_adapter(path)}")
     checkpoint, model, theirs = None if stored.is_peft else Checkpoint(path), open_model(base), stored.adapter
     differing = [key for key in _KIND if getattr(theirs, key) != getattr(adapter, key)]
     if theirs.matrices(model.architecture).keys() != adapter.matrices(model.architecture).keys():
         differing.append("modules")
-    if differing:
-        raise UserError(
-            *(
-                f"pretrained.adapter: {path} has {key} {getattr(theirs, key)}, the config {getattr(adapter, key)}"
-                for key in differing
-            )
+    problems = [
+        f"pretrained.adapter: {path} has {key} {getattr(theirs, key)}, the config {getattr(adapter, key)}"
+        for key in differing
+    ]
+    if stored.knows_quantization and theirs.quantization != adapter.quantization:
+        keys = quantization_keys(theirs.quantization)
+        written = ", ".join(yaml_line(key, value) for key, value in keys.items())
+        problems.append(
+            f"pretrained.adapter: {path} was trained on a base that was kept in another way; write {written}"
         )
+    if problems:
+        raise UserError(*problems)
     _refuse_other_base(stored, model, checkpoint)
     return _adapter_weights(stored, model, checkpoint)
 
@@ -296,12 +307,19 @@ class _Part:
 def base_fingerprint(base: Path | WeightSource) -> str:
     """What tells one model's weights from another's of the same shape: sha256 over every name and shape, and the first
     16,384 values of each tensor as fp64. Files, their number and the type that values are stored in do not matter: the same
-    model in fp32 and in bf16 have one fingerprint, unless the narrower one was rounded.
+    model in fp32 and in bf16 have one fingerprint, unless the narrower one was rounded. Of an adapter merged into its base it is
+    made of theirs, as they lie on the disk: what comes of a product depends on the processor.
 
     Of Hugging Face folders little is read, whatever their size; of a checkpoint, which can be read by whole tensors alone,
     everything, a tensor at a time.
     """
     source = open_model(base).weights if isinstance(base, Path) else base
+    if isinstance(source, MergedWeights):
+        adapter, parts = source.adapter, [source.base, source.update]
+        facts = [*map(base_fingerprint, parts), f"{adapter.scale!r} {adapter.dora}"]
+        return hashlib.sha256("\n".join(facts).encode()).hexdigest()
+    if isinstance(source, DequantizedWeights):
+        return hashlib.sha256(f"{base_fingerprint(source.base)}\n{source.how}".encode()).hexdigest()
     digest = hashlib.sha256()
     for name in sorted(source.names()):
         digest.update(f"{name} {list(source.shape(name))}\n".encode())

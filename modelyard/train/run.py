@@ -57,7 +57,7 @@ def train(loaded: Loaded, *, force: bool = False) -> int:
                 with world.together():
                     _open_log(console, folder, world)
                     run.keep_tokenizer()
-                remarks = [f"note: {line}" for line in loaded.notices]
+                remarks = [f"note: {line}" for line in [*loaded.notices, *loaded.remarks]]
                 remarks += [f"warning: {line}" for line in loaded.warnings]
                 with _watch(run):
                     return _train(run, remarks)

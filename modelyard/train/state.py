@@ -402,6 +402,7 @@ class Run:
                     destination,
                     config=self.config,
                     tokenizer_folder=self.tokenizer_folder,
+                    base=self.base,
                     world=self.world,
                 )
             except (UserError, OSError) as error:

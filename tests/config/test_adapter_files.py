@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from modelyard.config.adapter import MODULES, Adapter, Quantization, adapter_to_
 from modelyard.config.adapter_files import base_file, peft_config, stored_adapter
 from modelyard.config.disk import export_bytes
 from modelyard.config.loader import load_config
-from modelyard.config.peft import adapter_of
+from modelyard.config.peft import PeftConfig, adapter_of
 from modelyard.config.pretrained import read_shape
 from modelyard.errors import UserError
 from modelyard.plan.summary import summarise
@@ -78,6 +79,7 @@ def test_what_peft_writes(tmp_path: Path) -> None:
     assert stored is not None
     assert stored.adapter == ADAPTER
     assert (stored.base_path, stored.fingerprint, stored.is_peft) == ("models/base", None, True)
+    assert read(tmp_path, sine_share=0.0, sine_config=None, sine=False, sines=[]) == ADAPTER
     assert read(tmp_path, use_rslora=True, use_dora=True, lora_alpha=0.5) == Adapter(
         8, 0.5, ("q_proj", "v_proj"), 0.05, rank_stabilized=True, dora=True
     )
@@ -150,7 +152,9 @@ def test_target_modules(targets: Any, modules: tuple[str, ...], tmp_path: Path) 
             "target_modules names up_proj of some layers alone; every block is adapted here",
         ),
         ({"target_modules": []}, "target_modules should be a list of modules' names, not []"),
+        ({"layers_to_transform": 0}, "layers_to_transform 0 is not supported: every block is adapted here"),
         ({"sine_lora": 2}, "sine_lora 2 is not known here, nor what it does to the model"),
+        ({"sine_layer": 0}, "sine_layer 0 is not known here, nor what it does to the model"),
     ],
 )
 def test_what_is_refused(changes: dict[str, Any], problem: str, tmp_path: Path) -> None:
@@ -251,6 +255,85 @@ def test_another_rank_than_the_adapter_has() -> None:
     ]
 
 
+def quantised(path: Path, how: Quantization | None) -> None:
+    """Have the adapter say how its base was kept, as folders from here do."""
+    values = base_file(Adapter(8, 16.0, ("q_proj",), quantization=how), "base", "abc")
+    (path / "adapter" / "modelyard_adapter.json").write_text(json.dumps(values))
+
+
+def test_another_quantization_than_the_adapter_was_trained_with(project: Path) -> None:
+    """It would be another model. PEFT's own folders do not say."""
+    nf4 = [f"{PEFT}.quantization=nf4", f"{PEFT}.quantization_block=32"]
+    assert configured(*nf4) == dataclasses.replace(ADAPTER, quantization=Quantization(32))
+
+    def refused(*overrides: str) -> list[str]:
+        with pytest.raises(UserError) as refusal:
+            configured(*overrides)
+        return [line.partition(f"{PEFT}.")[2] for line in refusal.value.problems]
+
+    said = "pretrained.adapter adapter was trained with another; write"
+    quantised(project, None)
+    assert configured() == ADAPTER
+    assert refused(*nf4) == [f"quantization: {said} quantization: none"]
+    quantised(project, Quantization(16))
+    assert configured() == dataclasses.replace(ADAPTER, quantization=Quantization(16))
+    assert configured(f"{PEFT}.quantization_block=16") == configured()
+    assert refused(f"{PEFT}.quantization=none") == [f"quantization: {said} quantization: nf4"]
+    assert refused(*nf4) == [f"quantization_block: {said} quantization_block: 16"]
+    assert f"double_quantization: {said} double_quantization: no" in refused(
+        f"{PEFT}.double_quantization=yes"
+    )
+
+
+def test_adapters_of_a_quantised_base_that_are_merged(project: Path) -> None:
+    """What they are merged into is said, and nothing of them is left in the config."""
+    quantised(project, Quantization(16))
+    loaded = load_config(["train.yaml"], [f"{PEFT}.type=none"])
+    assert loaded.remarks == [
+        "train.yaml:4: pretrained.adapter: adapter is merged into what it was trained on, its base quantised and "
+        "made numbers again (into the base as it is: modelyard merge --onto original)"
+    ]
+    assert loaded.train.model.base_model.transformer.peft == PeftConfig()
+    assert loaded.without_effect == []
+    export = ("training.export.interval=1", "training.export.format=llama")
+    assert load_config(["train.yaml"], export).remarks == [
+        "override 2: training.export.format llama: the adapter is merged into what it is trained on, the base quantised and made "
+        "numbers again (into the base as it is: format peft, then modelyard merge --onto original)"
+    ]
+    assert load_config(["train.yaml"], [*export, "training.export.format=peft"]).remarks == []
+    folder(project, target_modules=["gate_proj"])
+    assert configured(f"{PEFT}.type=none") is None  # no word of peft.layers is needed
+    (project / "adapter/modelyard_adapter.json").unlink()
+    for words in ((f"{PEFT}.type=none",), (f"{PEFT}.layers=[mlp_1]",)):
+        folder(project, target_modules=["gate_proj", "up_proj"])
+        assert load_config(["train.yaml"], [*words, *export]).remarks == []
+
+
+def test_a_checkpoint_on_a_quantised_base_is_started_from(project: Path) -> None:
+    checkpoint = project / "run/checkpoint/5"
+    checkpoint.mkdir(parents=True)
+    adapter = dataclasses.replace(ADAPTER, quantization=Quantization(16))
+    architecture = dataclasses.asdict(read_shape(Path("base"))[0])
+    state = {"adapter": adapter_to_dict(adapter), "base": {}, "architecture": architecture}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    for name in (".metadata", "__0_0.distcp"):
+        (checkpoint / name).touch()
+    started = ["pretrained={path: run/checkpoint/5}"]
+    (line,) = load_config(["train.yaml"], [*started, "pretrained.adapter=null"]).remarks
+    assert line.endswith(
+        "pretrained.path: run/checkpoint/5 is merged into what it was trained on, its base quantised and made numbers again (into "
+        "the base as it is: modelyard merge --onto original)"
+    )
+    shape = [*started, "pretrained.adapter=null", "pretrained.model_weights=no"]
+    assert load_config(["train.yaml"], shape).remarks == []
+    # The folder around it is that of a run.
+    with pytest.raises(
+        UserError,
+        match=r"pretrained.adapter: run is the folder of a run; name one of its checkpoints: run/checkpoint/5$",
+    ):
+        configured("pretrained.adapter=run")
+
+
 def test_adapters_that_cannot_be_gone_on_with(project: Path) -> None:
     with pytest.raises(
         UserError, match=r"override 1: pretrained.adapter: base holds no adapter: neither adapter_con"
@@ -270,6 +353,18 @@ def test_adapters_that_cannot_be_gone_on_with(project: Path) -> None:
         UserError, match=r"adapter is an adapter; write it as pretrained.adapter, and the model that"
     ):
         read_shape(Path("adapter"))
+    with pytest.raises(
+        UserError,
+        match=r"adapter: adapter adapts weights that are not read; write pretrained.model_weights: yes$",
+    ):
+        configured("pretrained.model_weights=no")
+    Path("export/peft").mkdir(parents=True)
+    folder(project).rename("export/peft/7")
+    for name, what in ((".", "a run"), ("export/peft", "exports")):
+        with pytest.raises(
+            UserError, match=rf"the folder of {what}; name one of its adapters: export/peft/7$"
+        ):
+            configured(f"pretrained.adapter={name}")
     loaded = load_config(["train.yaml"], ["pretrained.adapter=gone", f"{PEFT}.type=lora"])
     assert loaded.warnings == [
         "override 1: pretrained.adapter: gone does not exist (there is no 'gone' in the working directory)"
@@ -282,8 +377,12 @@ def test_exports_of_adapters() -> None:
     loaded = load_config(["train.yaml"], [export])
     assert loaded.train.training.export.format == "peft"
     assert loaded.architecture is not None
-    # In each of two blocks 8 x 32 + 32 x 8 numbers of the query, 8 x 32 + 16 x 8 of the value, in two bytes.
-    assert export_bytes(loaded.train, loaded.architecture) == 2 * 2 * (512 + 384)
+    # In each of two blocks 8 x 32 + 32 x 8 numbers of the query, 8 x 32 + 16 x 8 of the value, in four bytes.
+    assert export_bytes(loaded.train, loaded.architecture) == 4 * 2 * (512 + 384)
+    narrow = load_config(["train.yaml"], [export, "training.export.data_type=bf16"])
+    assert export_bytes(narrow.train, loaded.architecture) == 2 * 2 * (512 + 384)
+    merged = load_config(["train.yaml"], [export, "training.export.format=llama"])
+    assert export_bytes(merged.train, loaded.architecture) == 2 * loaded.architecture.parameter_count()
     assert "export format  peft: can hold the adapter" in summarise(loaded)[0]
     problem = "override 1: training.export.format: format peft"
     with pytest.raises(UserError) as refusal:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from modelyard.config import disk
+from modelyard.config.peft import PeftConfig
 from modelyard.config.train import TrainConfig
 from modelyard.config.training import CheckpointConfig, ExportConfig
 from tests.config.helpers import load_tiny
@@ -49,6 +51,27 @@ def test_bytes(tmp_path: Path) -> None:
     )  # fmt: skip
     assert disk.run_bytes(config, loaded.architecture) == 2 * 24 * count + 2 * 2 * count
     assert ExportConfig().keep is None
+
+
+def test_bytes_of_an_export_of_an_adapter(tmp_path: Path) -> None:
+    """PEFT's folder has the adapter alone; the merged model is as large as the base."""
+    loaded = load_tiny(tmp_path)
+    shape, peft = loaded.architecture, PeftConfig(type="lora", rank=2, layers=["query"])
+    assert shape is not None
+    transformer = loaded.train.model.base_model.transformer.model_copy(update={"peft": peft})
+    base_model = loaded.train.model.base_model.model_copy(update={"transformer": transformer})
+    model = loaded.train.model.model_copy(update={"base_model": base_model})
+
+    def exported(**settings: Any) -> int:
+        export = ExportConfig.model_validate({"interval": 1} | settings)
+        training = loaded.train.training.model_copy(update={"export": export})
+        config = loaded.train.model_copy(update={"model": model, "training": training})
+        return disk.export_bytes(config, shape)
+
+    own = 2 * 2 * (64 + 64)  # two layers, rank 2, of a matrix of 64 x 64
+    assert exported(format="peft") == 4 * own
+    assert exported(format="peft", data_type="bf16") == 2 * own
+    assert exported(format="llama") == 2 * shape.parameter_count()
 
 
 def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

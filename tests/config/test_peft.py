@@ -87,6 +87,24 @@ def test_rates_of_an_adapter_are_those_of_its_layer(tmp_path: Path) -> None:
     assert checkpoint_bytes(loaded.train, loaded.architecture) == 12 * count
 
 
+def test_words_of_others(tmp_path: Path) -> None:
+    def problem(*keys: str) -> str:
+        (line,) = tiny_problems(tmp_path, *(f"{PEFT}.{key}" for key in keys))
+        return line.partition("peft")[2]
+
+    lora = ("type=lora", "freeze_others=no")
+    said = "without a type every weight is trained; write type: lora, or type: none to say so"
+    assert problem("rank=4").endswith(said)
+    assert problem("type=dora").endswith("'dora' is a kind of lora; write type: lora, dora: yes")
+    assert problem("type=qlora").endswith("'qlora' is a kind of lora; write type: lora, quantization: nf4")
+    assert (
+        problem(*lora, "layers=[q_proj]") == ".layers: there is no layer 'q_proj'; it is called 'query' here"
+    )
+    assert problem(*lora, "layers=[qery]") == ".layers: there is no layer 'qery'; did you mean 'query'?"
+    loaded = load_tiny(tmp_path, *(f"{PEFT}.{key}" for key in (*lora, "layers=all")))
+    assert loaded.train.model.base_model.transformer.peft.layers == ["all"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
@@ -109,7 +127,7 @@ def test_rates_of_an_adapter_are_those_of_its_layer(tmp_path: Path) -> None:
             "it, or write type: none",
         ),
         (
-            ("quantization=nf4",),
+            ("type=none", "quantization=nf4"),
             "quantization: only a frozen base can be quantized; write type: lora, or quantization: none",
         ),
         (
@@ -149,3 +167,66 @@ def test_a_base_that_cannot_be_quantized(tmp_path: Path, overrides: tuple[str, .
     problems = tiny_problems(tmp_path, *(f"{PEFT}.{key}" for key in keys))
     lines = [line.partition(f"{PEFT}.")[2] for line in problems]
     assert lines[1:] == [problem]  # the first: there is no pretrained model
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            (f"{PEFT}.type=none", f"{PEFT}.rank=64", f"{PEFT}.dora=yes", f"{PEFT}.double_quantization=yes"),
+            {
+                f"{PEFT}.{key}": "there is no adapter (type: none)"
+                for key in ("rank", "dora", "double_quantization")
+            },
+        ),
+        (
+            (*BESIDE, f"{PEFT}.quantization_block=32"),
+            {f"{PEFT}.quantization_block": "nothing is quantized (quantization: none)"},
+        ),
+        ((*BESIDE, "model.base_model.embeddings_lr_scale=0.5"), {}),
+        ((f"{PEFT}.type=none", "model.base_model.embeddings_lr_scale=0.5"), {}),
+    ],
+)
+def test_keys_that_change_nothing_are_told(
+    tmp_path: Path, overrides: tuple[str, ...], expected: dict[str, str]
+) -> None:
+    assert {row.key: row.why for row in load_tiny(tmp_path, *overrides).without_effect} == expected
+
+
+def pretrained(tmp_path: Path) -> tuple[str, ...]:
+    """Overrides of a run that adapts a pretrained model of the tiny shape."""
+    folder = tmp_path / "base"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(
+        '{"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, '
+        '"num_key_value_heads": 1, "intermediate_size": 256, "tie_word_embeddings": false}'
+    )
+    return f"pretrained.path={folder}", f"{PEFT}.type=lora"
+
+
+def test_rates_of_what_is_frozen_change_nothing(tmp_path: Path) -> None:
+    below = "model.base_model"
+    keys = (
+        f"{below}.embeddings_lr_scale=0.5",
+        f"{below}.output_lr_scale=0.1",
+        f"{below}.transformer.attention_lr_scale=0.5",
+        f"{below}.transformer.mlp_lr_scale=0.5",
+    )
+    frozen = "it keeps its values beside an adapter (peft.freeze_others: yes)"
+    loaded = load_tiny(tmp_path, *pretrained(tmp_path), *keys)
+    assert {row.key: row.why for row in loaded.without_effect} == {
+        f"{below}.embeddings_lr_scale": frozen,
+        f"{below}.output_lr_scale": frozen,
+        f"{below}.transformer.mlp_lr_scale": "no matrix of the feed-forward has an adapter",
+    }
+    loaded = load_tiny(tmp_path, *pretrained(tmp_path), *keys, f"{PEFT}.layers=[mlp_2]")
+    assert [row.key for row in loaded.without_effect][2:] == [f"{below}.transformer.attention_lr_scale"]
+
+
+def test_a_pretrained_model_whose_weights_are_not_read(tmp_path: Path) -> None:
+    assert load_tiny(tmp_path, *pretrained(tmp_path)).architecture is not None
+    (problem,) = tiny_problems(tmp_path, *pretrained(tmp_path), "pretrained.model_weights=no")
+    assert problem.endswith(
+        f"{PEFT}.type: there is nothing to adapt: the base would be random and stay so; write pretrained.model_weights: yes, or "
+        "write freeze_others: no"
+    )

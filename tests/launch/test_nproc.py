@@ -38,16 +38,13 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Started:
 def test_the_same_words_in_each_process(started: Started) -> None:
     words = ["gpt", "--config", "train.yaml", "training.train_iters=3", "batch.batch_size=4"]
     assert main(["train", *words, "--nproc", "2", "--force"]) == 7
-    assert main(["evaluate", "train.yaml", "--nproc=2", "--checkpoint", "run/checkpoint/3", "--json"]) == 7
+    evaluated = ["--checkpoint", "run/checkpoint/3", "--base", "models/a", "--json"]
+    assert main(["evaluate", "train.yaml", "--nproc=2", *evaluated]) == 7
     assert main(["train", "train.yaml", "--nproc", "auto"]) == 7
     rest = ["gpt", "training.train_iters=3", "batch.batch_size=4", "--config", "train.yaml", "--force"]
     assert started == [
         (Node(2, run_id="runs/tiny"), "modelyard", ["train", *rest]),
-        (
-            Node(2, run_id="runs/tiny"),
-            "modelyard",
-            ["evaluate", "train.yaml", "--checkpoint", "run/checkpoint/3", "--json"],
-        ),
+        (Node(2, run_id="runs/tiny"), "modelyard", ["evaluate", "train.yaml", *evaluated]),
         (Node(4, run_id="runs/tiny"), "modelyard", ["train", "train.yaml"]),
     ]
 

@@ -58,7 +58,7 @@ LAUNCH = """\
 import sys
 from modelyard.launch.command import Node
 from modelyard.launch.torchrun import launch
-raise SystemExit(launch(Node(2, restarts=int(sys.argv[1])), 'program', sys.argv[2:]))
+raise SystemExit(launch(Node(2, run_id='runs/a b', restarts=int(sys.argv[1])), 'program', sys.argv[2:]))
 """
 
 

@@ -75,7 +75,13 @@ def test_checkpoint_and_exports_are_one_model(
 ) -> None:
     """The checkpoint with its base, the adapter as PEFT reads it, the merged folder: one model, whose loss is the run's."""
     keys = lora("run", *kind)
-    lora("whole", *kind, format="llama")
+    capsys.readouterr()
+    words = lora("whole", *kind, format="llama")
+    assert main(["validate", "train.yaml", "training.train_iters=4", *words]) == 0
+    said_so = capsys.readouterr().out.count(
+        "format llama: the adapter is merged into what it is trained on, the"
+    )
+    assert said_so == (2 if kind == QUANTISED else 0)  # as the run begins, and before it
     same_weights(Path("run"), Path("run/export/peft/4"))
     same_weights(Path("run"), Path("whole/export/llama/4"))
     said = next(line["loss"] for line in lines("run/metrics.jsonl") if line.get("evaluator") == "v")

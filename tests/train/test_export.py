@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from modelyard.cli import main
-from modelyard.errors import UserError
+from modelyard.errors import RunFailed, UserError
+from modelyard.model.formats.safetensors import read_entries
+from modelyard.parallel.world import connected
+from modelyard.train import export as exports
+from modelyard.train.models_on_disk import base_fingerprint
 from modelyard.train.run import train
+from tests.parallel.processes import run_distributed
 from tests.train.helpers import loaded
 
 
@@ -94,3 +103,85 @@ def test_exports_need_the_folder_that_was_started_from() -> None:
     ):
         train(loaded(*keys, "training.train_iters=4", export))
     assert train(loaded(*keys, "training.train_iters=4")) == 0
+
+
+def test_every_parameter_comes_in_its_own_type() -> None:
+    """What is frozen beside an adapter may be narrower than the rest; its stage knows."""
+    found = run_distributed(_live, 2)
+    assert found[0] == {
+        "a": ("torch.float32", 1.1),
+        "b": ("torch.bfloat16", 2.5),
+        "c": ("torch.float64", 3.3),
+    }
+
+
+def _live() -> dict[str, tuple[str, float]]:
+    with connected(backend="gloo", timeout=60.0, traces=Path("traces")) as world:
+        ours = (
+            {"a": torch.full((3,), 1.1)},
+            {"b": torch.full((3,), 2.5).bfloat16(), "c": torch.full((3,), 3.3, dtype=torch.float64)},
+        )[world.rank]
+        weights = SimpleNamespace(master=ours)
+        parallel: Any = SimpleNamespace(weights=weights, own=list(ours), whole=dict)
+        live = exports.LiveWeights(parallel, world, dict.fromkeys("abc", (3,)))
+        if not world.is_main:
+            live.serve()
+            return {}
+        loaded = {name: live.load(name) for name in live.names()}
+        live.done()
+        assert all(tensor.dtype == live.dtype(name) for name, tensor in loaded.items())
+        return {name: (str(tensor.dtype), round(tensor[2].item(), 6)) for name, tensor in loaded.items()}
+
+
+ADAPTER = (
+    "pretrained.path=base/export/llama/2",
+    "model.base_model.transformer.peft={type: lora, rank: 2}",
+    "training.train_iters=2",
+)
+
+
+@pytest.fixture
+def base(tiny: Path) -> Path:
+    export = "training.export={interval: 2, format: llama, data_type: float32}"
+    assert train(loaded("training.train_iters=2", export, "run.experiment_dir=base")) == 0
+    return tiny
+
+
+@pytest.mark.usefixtures("base")
+@pytest.mark.parametrize(
+    ("words", "dtype"), [("", torch.float32), (", data_type: bf16", torch.bfloat16)], ids=["default", "bf16"]
+)
+def test_the_type_of_an_exported_adapter(words: str, dtype: torch.dtype) -> None:
+    """That of its training, unless another is asked for."""
+    assert train(loaded(*ADAPTER, f"training.export={{interval: 2, format: peft{words}}}")) == 0
+    entries = read_entries(Path("run/export/peft/2/adapter_model.safetensors"))
+    assert entries
+    assert {entry.dtype for entry in entries.values()} == {dtype}
+    kept = json.loads(Path("run/export/peft/2/modelyard_adapter.json").read_text())
+    folder = Path("base/export/llama/2").resolve()
+    assert kept["base"] == {"path": str(folder), "fingerprint": base_fingerprint(folder)}
+
+
+@pytest.mark.usefixtures("base")
+@pytest.mark.parametrize("format", ["peft", "llama"])
+def test_a_base_that_is_another_by_now(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody writes another model into its folder while the run trains."""
+    other = ("model.distributed.seed=5", "run.experiment_dir=other")
+    export_too = "training.export={interval: 2, format: llama, data_type: float32}"
+    assert train(loaded("training.train_iters=2", export_too, *other)) == 0
+    folder = Path("base/export/llama/2")
+    before, write = base_fingerprint(folder), exports._write
+
+    def swapped(*arguments: Any) -> None:
+        shutil.rmtree(folder)
+        shutil.copytree("other/export/llama/2", folder)
+        write(*arguments)
+
+    monkeypatch.setattr(exports, "_write", swapped)
+    with pytest.raises(RunFailed) as refusal:
+        train(loaded(*ADAPTER, f"training.export={{interval: 2, format: {format}}}"))
+    assert (
+        f"pretrained.path: the weights in {folder} (fingerprint {base_fingerprint(folder)[:12]}) are no longer those that the run "
+        f"was started with ({before[:12]}); put these back"
+    ) in str(refusal.value)
+    assert not Path("run/export", format, "2").exists()

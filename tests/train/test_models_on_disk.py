@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from modelyard.cli import main
 from modelyard.config.adapter import Adapter, Quantization
+from modelyard.config.architecture import Architecture
 from modelyard.errors import UserError
-from modelyard.model.formats import open_huggingface
+from modelyard.model.formats import WeightSource, open_huggingface
 from modelyard.model.formats.merged import DequantizedWeights, MergedWeights
 from modelyard.model.formats.peft import write_peft
 from modelyard.train.checkpoint import Checkpoint, save_checkpoint
@@ -46,6 +48,11 @@ def make_adapters(adapter: Adapter, suffix: str = "") -> InMemory:
     folder = Path(f"run{suffix}/checkpoint/4")
     adapter_checkpoint(folder, adapter, base.architecture, values.tensors, Path("base"))
     return values
+
+
+def shape_and_weights() -> tuple[Architecture, WeightSource]:
+    base = open_huggingface(Path("base"))
+    return base.architecture, base.weights
 
 
 @pytest.mark.usefixtures("project")
@@ -142,6 +149,51 @@ def test_an_adapter_of_an_adapter() -> None:
 
 
 @pytest.mark.usefixtures("project")
+def test_adapters_that_adapt_each_other() -> None:
+    for one, other in (("peft", "second"), ("second", "peft")):
+        if one == "second":
+            shutil.copytree("peft", one)
+        Path(one, "modelyard_adapter.json").unlink(missing_ok=True)
+        config = json.loads(Path(one, "adapter_config.json").read_text())
+        Path(one, "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": other}))
+    with pytest.raises(
+        UserError,
+        match=r"^second names peft, which adapts second in turn, as its base; give the model that it",
+    ):
+        open_model(Path("peft"))
+
+
+@pytest.mark.usefixtures("project")
+def test_the_fingerprint_of_a_merged_base_is_made_of_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what lies on the disk: what a product of matrices gives differs from one processor to the next."""
+    adapter = dataclasses.replace(ALL, quantization=Quantization(16))
+    make_adapters(adapter, "-q")
+
+    def multiplied(self: object, name: str) -> torch.Tensor:
+        raise AssertionError(f"{name} was computed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MergedWeights, "load", multiplied)
+        patch.setattr(DequantizedWeights, "load", multiplied)
+        base, plain, quantised = (base_fingerprint(Path(name)) for name in ("base", "peft", "peft-q"))
+    assert base_fingerprint(Path("run")) == plain  # the same values in another form
+    assert len({base, plain, quantised}) == 3
+    below, above = open_huggingface(Path("base")), random_adapter(ALL, *shape_and_weights())
+    before = base_fingerprint(MergedWeights(below.weights, above, ALL))
+    assert before == plain
+    stronger = dataclasses.replace(ALL, alpha=6.0)
+    assert base_fingerprint(MergedWeights(below.weights, above, stronger)) != before
+    assert (
+        base_fingerprint(MergedWeights(below.weights, above, dataclasses.replace(ALL, dora=True))) != before
+    )
+    above.tensors["layers.1.mlp.up_proj.lora_B"][0, 0] += 1
+    assert base_fingerprint(MergedWeights(below.weights, above, ALL)) != before
+    wider = DequantizedWeights(below.weights, Quantization(32), below.architecture)
+    narrow = DequantizedWeights(below.weights, Quantization(16), below.architecture)
+    assert base_fingerprint(wider) != base_fingerprint(narrow)
+
+
+@pytest.mark.usefixtures("project")
 def test_another_base_is_refused() -> None:
     """Of the same shape, by its weights; of another, by its shape."""
     reference_model("qwen2").save_pretrained("other")
@@ -227,16 +279,44 @@ def test_going_on_with_an_adapter() -> None:
         with pytest.raises(UserError) as refusal:
             first_adapter(Path("peft"), dataclasses.replace(ALL, **wrong), Path("base"))
         assert str(refusal.value).startswith(line)
+    nf4 = dataclasses.replace(ALL, quantization=Quantization(16))
+    make_adapters(nf4, "-q")
+    for path, wanted, keys in (
+        ("peft-q", ALL, "quantization: nf4, quantization_block: 16, double_quantization: no"),
+        ("run-q/checkpoint/4", dataclasses.replace(nf4, quantization=Quantization(32)),
+         "quantization: nf4, quantization_block: 16, double_quantization: no"),
+        ("peft", nf4, "quantization: none"),
+    ):  # fmt: skip
+        with pytest.raises(UserError) as refusal:
+            first_adapter(Path(path), wanted, Path("base"))
+        assert str(refusal.value) == (
+            f"pretrained.adapter: {path} was trained on a base that was kept in another way; write {keys}"
+        )
+    assert first_adapter(Path("peft-q"), nf4, Path("base")).names()
+    Path("peft/modelyard_adapter.json").rename("kept.json")
+    assert first_adapter(Path("peft"), nf4, Path("base")).names()  # PEFT does not say how its base was kept
+    Path("kept.json").rename("peft/modelyard_adapter.json")
     reference_model("qwen2", vocab_size=101).save_pretrained("other")
     with pytest.raises(UserError, match=r"^peft was trained on other weights"):
         first_adapter(Path("peft"), ALL, Path("other"))
     with pytest.raises(UserError, match=r"^pretrained.adapter: base holds no adapter"):
         first_adapter(Path("base"), ALL, Path("base"))
+    with pytest.raises(
+        UserError, match=r"adapter: run is the folder of a run; name one of its checkpoints: run/c"
+    ):
+        first_adapter(Path("run"), ALL, Path("base"))
 
 
 @pytest.mark.usefixtures("project")
 def test_adapters_are_averaged_as_whole_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["average", "peft", "run", "--to", "mean"]) == 0
+    assert capsys.readouterr().out.startswith("wrote mean (")
+    make_adapters(dataclasses.replace(ALL, quantization=Quantization(16)), "-q")
+    assert main(["average", "peft", "run-q", "--to", "both"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "note: run-q/checkpoint/4 is averaged as it was trained: merged into its base quantised and made numbers again (into the "
+        "base as it is: modelyard merge --onto original)"
+    )
     mean, one = Checkpoint(Path("mean")), open_model(Path("peft"))
     for name in one.weights.names():
         assert torch.equal(mean.load(name), one.weights.load(name))

@@ -11,7 +11,7 @@ from modelyard.config.adapter import Adapter, Quantization, block_matrices, is_a
 from modelyard.config.architecture import Architecture
 from modelyard.errors import UserError
 from modelyard.model.adapter import SHORTEST
-from modelyard.model.formats.source import WeightSource
+from modelyard.model.formats.source import FiniteWeights, WeightSource
 from modelyard.model.nf4 import dequantize, quantize
 
 
@@ -23,7 +23,7 @@ class MergedWeights:
     """
 
     def __init__(self, base: WeightSource, adapter_weights: WeightSource, adapter: Adapter):
-        self._base, self._update, self._adapter = base, adapter_weights, adapter
+        self.base, self.update, self.adapter = base, adapter_weights, adapter
         self._matrices = {
             f"{name.removesuffix('.lora_A')}.weight": name.removesuffix(".lora_A")
             for name in adapter_weights.names()
@@ -33,61 +33,56 @@ class MergedWeights:
 
     def names(self) -> Sequence[str]:
         # One source may have both, where a base is trained with its adapter.
-        return [name for name in self._base.names() if not is_adapter_parameter(name)]
+        return [name for name in self.base.names() if not is_adapter_parameter(name)]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._base.shape(name)
+        return self.base.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        own = self._base.dtype(name)
+        own = self.base.dtype(name)
         return torch.promote_types(own, torch.float32) if name in self._matrices else own
 
     def load(self, name: str) -> Tensor:
         """One parameter, full, on the CPU. Raises UserError where the adapter's has NaN or infinite values."""
-        weight = self._base.load(name)
+        weight = self.base.load(name)
         if name not in self._matrices:
             return weight
         matrix, dtype = self._matrices[name], self.dtype(name)
         a, b = self._loaded(f"{matrix}.lora_A", dtype), self._loaded(f"{matrix}.lora_B", dtype)
-        merged = torch.addmm(weight.to(dtype), b, a, alpha=self._adapter.scale)
-        if self._adapter.dora:
+        merged = torch.addmm(weight.to(dtype), b, a, alpha=self.adapter.scale)
+        if self.adapter.dora:
             lengths = torch.linalg.vector_norm(merged, dim=1).clamp_min_(SHORTEST)
             merged.mul_((self._loaded(f"{matrix}.lora_magnitude", dtype) / lengths).unsqueeze(1))
         return merged
 
     def _loaded(self, name: str, dtype: torch.dtype) -> Tensor:
-        tensor = self._update.load(name)
-        if wrong := int((~tensor.isfinite()).sum()):
-            raise UserError(
-                f"the adapter's '{name}' has {wrong:,} of {tensor.numel():,} values that are NaN or infinite"
-            )
-        return tensor.to(dtype)
+        return FiniteWeights(self.update, "the adapter's ").load(name).to(dtype)
 
 
 class DequantizedWeights:
     """A base as it was while a quantised adapter was trained: the matrices of the blocks quantised, and made numbers again."""
 
     def __init__(self, base: WeightSource, how: Quantization, architecture: Architecture):
-        self._base, self._how = base, how
+        self.base, self.how = base, how
         self._quantized = {f"{matrix}.weight" for matrix in block_matrices(architecture)}
 
     def names(self) -> Sequence[str]:
-        return self._base.names()
+        return self.base.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._base.shape(name)
+        return self.base.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        own = self._base.dtype(name)
+        own = self.base.dtype(name)
         return torch.promote_types(own, torch.float32) if name in self._quantized else own
 
     def load(self, name: str) -> Tensor:
         """One parameter, full, on the CPU. Raises UserError where it cannot be quantised."""
-        weight = self._base.load(name)
+        weight = self.base.load(name)
         if name not in self._quantized:
             return weight
         try:
-            packed = quantize(weight.to(self.dtype(name)), self._how.block, self._how.double)
+            packed = quantize(weight.to(self.dtype(name)), self.how.block, self.how.double)
         except ValueError as error:
             raise UserError(f"'{name}' cannot be quantised: {error}") from None
         return dequantize(packed, self.dtype(name))

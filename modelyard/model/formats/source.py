@@ -9,8 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from modelyard.config.adapter import Adapter
 from modelyard.config.architecture import Architecture
 from modelyard.errors import UserError
+from modelyard.model.adapter import AdaptedWeights, adapt, fix_lengths
 from modelyard.model.decoder import Decoder
 
 _NAMES_SHOWN = 8
@@ -26,6 +28,30 @@ class WeightSource(Protocol):
     def dtype(self, name: str) -> torch.dtype: ...
 
     def load(self, name: str) -> Tensor: ...
+
+
+class FiniteWeights:
+    """Weights that are refused where they have NaN or infinite values; `whose` begins what is said of it."""
+
+    def __init__(self, source: WeightSource, whose: str = ""):
+        self._source, self._whose = source, whose
+
+    def names(self) -> Sequence[str]:
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._source.dtype(name)
+
+    def load(self, name: str) -> Tensor:
+        tensor = self._source.load(name)
+        if wrong := int((~tensor.isfinite()).sum()):
+            raise UserError(
+                f"{self._whose}'{name}' has {wrong:,} of {tensor.numel():,} values that are NaN or infinite"
+            )
+        return tensor
 
 
 def fit_problems(source: WeightSource, architecture: Architecture, where: Path | str) -> list[str]:
@@ -93,4 +119,23 @@ def load_decoder(
         model = Decoder(architecture)
     model.to(dtype or source.dtype("embed_tokens.weight")).to_empty(device=device)
     load_weights(model, source, where)
+    return model
+
+
+def load_adapted(
+    weights: AdaptedWeights,
+    adapter: Adapter,
+    architecture: Architecture,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> Decoder:
+    """A decoder in `dtype`, that of `weights`, with the adapter beside its matrices: nothing is merged, and a quantized base
+    stays so. Not for training: the lengths of DoRA's rows are fixed."""
+    with torch.device("meta"):
+        model = Decoder(architecture)
+        adapt(model, adapter, dtype)
+    model.to(dtype).to_empty(device=device)
+    weights.fill(model, Tensor.copy_)
+    fix_lengths(model)
     return model
