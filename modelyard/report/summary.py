@@ -152,7 +152,11 @@ def rows(found: list[Figures]) -> list[tuple[str, list[str]]]:
         ("State", [one.state for one in found]),
         ("Last record", [_moment(one.last_time) for one in found]),
         ("Parameters", [units.quantity(one.parameters) for one in found]),
-        *([("Trained", [one.trained or "all" for one in found])] if any(one.trained for one in found) else []),
+        *(
+            [("Trained", [one.trained or "all" for one in found])]
+            if any(one.trained for one in found)
+            else []
+        ),
         ("Processes", [one.processes or units.UNKNOWN for one in found]),
         ("Iterations", [_iterations(one) for one in found]),
         ("Tokens", [units.quantity(one.tokens) for one in found]),
