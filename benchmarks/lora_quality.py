@@ -34,7 +34,7 @@ from benchmarks.common import put_into, write_result  # noqa: E402
 DOCS = ROOT / "docs" / "adapters.md"
 SHARED = ROOT.parent / "shared" / "data"
 TASK = "sgd_dialogues"
-FULL_RATES, RATES = (1e-3, 3e-3), (3e-3, 1e-2)
+FULL_RATES, RATES = (1e-3, 3e-3, 6e-3), (3e-3, 1e-2, 2e-2)
 RANK, OTHER_RANKS = 16, (1, 64)
 
 TRAIN = """
