@@ -40,6 +40,7 @@ from benchmarks.common import RESULTS, FirstAdapter, write_result
 from benchmarks.finetune_floor import Step, floor
 from benchmarks.sft_programs import ALPHA, RANK, Job, ours
 from modelyard.config.adapter import MODULES, Adapter
+from modelyard.config.adapter_files import BASE_FILE
 from modelyard.model.formats import open_huggingface
 from modelyard.model.formats.peft import write_peft
 from modelyard.train.models_on_disk import base_fingerprint
@@ -108,6 +109,8 @@ def write_adapter(folder: Path) -> None:
         base_path=folder / "model",
         fingerprint=base_fingerprint(folder / "model"),
     )
+    # It says that the base was not quantized; here one adapter begins over both.
+    (folder / "adapter" / BASE_FILE).unlink()
 
 
 # --- the comparison -------------------------------------------------------------------------------------------------

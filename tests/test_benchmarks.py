@@ -33,7 +33,7 @@ def test_gpu_script_needs_torch_alone() -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "8 passed, 0 failed"
+    assert done.stdout.splitlines()[-1] == "9 passed, 0 failed"
 
 
 @pytest.mark.parametrize("name", ["speed.md", "performance.md"])

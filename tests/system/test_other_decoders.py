@@ -184,9 +184,9 @@ def test_tensors_missing_extra_and_of_another_shape(pretrained: Path) -> None:
     tensors["model.layers.0.mlp.gate_proj.weight"] = torch.zeros(3)
     save_file(tensors, pretrained / "model.safetensors")
     assert refused(pretrained) == [
-        "pre lacks 'norm.bias'",
-        "pre has weights that the architecture has no place for: 'layers.0.mlp.gate_proj.weight'",
-        "pre: 'layers.0.mlp.up_proj.weight' has shape [3, 4], the architecture wants [64, 32]",
+        "pretrained.path: pre lacks 'norm.bias'",
+        "pretrained.path: pre has weights that the architecture has no place for: 'layers.0.mlp.gate_proj.weight'",
+        "pretrained.path: pre: 'layers.0.mlp.up_proj.weight' has shape [3, 4], the architecture wants [64, 32]",
     ]
 
 
@@ -205,7 +205,7 @@ def test_git_lfs_pointers_are_named_where_weights_are_wanted(pretrained: Path) -
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
     (pretrained / "model.safetensors").write_text(pointer)
     (line,) = refused(pretrained)
-    assert line.startswith("pre/model.safetensors is a git-lfs pointer")
+    assert line.startswith("pretrained.path: pre/model.safetensors is a git-lfs pointer")
     validated = modelyard("validate", "go-on.yaml", cwd=pretrained.parent)
     assert validated.status == 2
     assert "pre/model.safetensors is a git-lfs pointer" in validated.err
