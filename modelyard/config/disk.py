@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from modelyard.config.architecture import Architecture
@@ -65,14 +66,21 @@ def free_bytes(config: TrainConfig) -> int:
     """What the run may fill: free space, and what its folder holds already."""
     folder = config.run.experiment_dir.absolute()
     existing = _existing(folder)
-    # What was set aside stays, whatever the run writes.
-    aside = (".damaged", ".rolled-back")
-    used = sum(
-        file.stat().st_size
-        for file in (folder.rglob("*") if existing == folder else ())
-        if file.is_file() and not any(word in part for part in file.parts for word in aside)
-    )
+    used = _used(folder) if existing == folder else 0
     return shutil.disk_usage(existing).free + used
+
+
+def _used(folder: Path) -> int:
+    """Bytes of the run's files that may make room for others; a run that is going on there may take some away meanwhile."""
+    aside = (".damaged", ".rolled-back")  # what was set aside stays, whatever the run writes
+    used = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = Path(place, name)
+            if not any(word in part for part in path.parts for word in aside):
+                with suppress(FileNotFoundError):
+                    used += path.stat().st_size
+    return used
 
 
 def _existing(folder: Path) -> Path:

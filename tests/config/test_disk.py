@@ -105,3 +105,12 @@ def test_sizes_as_people_read_them() -> None:
     assert [disk.size(number) for number in (0, 1023, 1024, 1536 << 20, 5 << 40)] == [
         "0 B", "1023 B", "1.0 KiB", "1.5 GiB", "5.0 TiB",
     ]  # fmt: skip
+
+
+def test_a_file_that_goes_away_meanwhile_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may be at work in the folder until the lock says so."""
+    (tmp_path / "there").write_bytes(bytes(10))
+    monkeypatch.setattr(disk.os, "walk", lambda folder: [(str(folder), [], ["there", "gone"])])
+    assert disk._used(tmp_path) == 10
