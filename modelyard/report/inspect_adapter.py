@@ -10,7 +10,7 @@ from modelyard.config.adapter_files import PEFT_WEIGHTS, StoredAdapter, stored_a
 from modelyard.config.architecture import Architecture
 from modelyard.config.disk import size
 from modelyard.errors import UserError
-from modelyard.model.formats.peft import PeftWeights
+from modelyard.model.formats.huggingface import HuggingFaceWeights
 from modelyard.model.formats.safetensors import read_entries
 from modelyard.report.inspect_blocks import Facts, Heading, Inspection
 from modelyard.report.inspect_data import Options
@@ -30,7 +30,7 @@ def inspect_peft(folder: Path, options: Options, inspection: Inspection) -> None
     )
     inspection.values["peft"] = {"path": str(folder), "bytes": total}
     show_adapter(stored, None, options, inspection)
-    weights = PeftWeights(read_entries(folder / PEFT_WEIGHTS))
+    weights = HuggingFaceWeights(read_entries(folder / PEFT_WEIGHTS))
     tensors = {name: (weights.shape(name), weights.dtype(name)) for name in weights.names()}
     show_tensors(tensors, weights.load, options, inspection, str(folder))
 

@@ -65,7 +65,7 @@ def logical_name(name: str, family: str) -> str | None:
 
 
 class HuggingFaceWeights:
-    """The weights of a folder by logical name, loaded one at a time."""
+    """The weights of a folder, a model's or an adapter's, by logical name, loaded one at a time."""
 
     def __init__(self, entries: Mapping[str, TensorEntry]):
         self._entries = entries

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from modelyard.config.adapter import Adapter
 from modelyard.config.adapter_files import BASE_FILE, PEFT_CONFIG, PEFT_WEIGHTS, base_file, peft_config
 from modelyard.config.architecture import Architecture
 from modelyard.errors import UserError
 from modelyard.files import complete_or_absent, write_json
-from modelyard.model.formats.huggingface import huggingface_name
-from modelyard.model.formats.safetensors import FileWriter, TensorEntry, read_entries
+from modelyard.model.formats.huggingface import HuggingFaceWeights, huggingface_name
+from modelyard.model.formats.safetensors import FileWriter, read_entries
 from modelyard.model.formats.source import WeightSource, shape_problems
 from modelyard.model.formats.tokenizer_files import copy_tokenizer
 
@@ -37,26 +35,7 @@ def _module(matrix: str, family: str) -> str:
     return huggingface_name(f"{matrix}.weight", family).removesuffix(".weight")
 
 
-class PeftWeights:
-    """The adapter's parameters by logical name, loaded one at a time, in the type they are stored in."""
-
-    def __init__(self, entries: Mapping[str, TensorEntry]):
-        self._entries = entries
-
-    def names(self) -> Sequence[str]:
-        return list(self._entries)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._entries[name].shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._entries[name].dtype
-
-    def load(self, name: str) -> Tensor:
-        return self._entries[name].load()
-
-
-def open_peft(folder: Path, adapter: Adapter, architecture: Architecture, family: str) -> PeftWeights:
+def open_peft(folder: Path, adapter: Adapter, architecture: Architecture, family: str) -> HuggingFaceWeights:
     """The adapter of a PEFT folder on a model of this shape; only the header is read.
 
     What is in the file and has no place in such an adapter keeps PEFT's name; what is missing, is. Raises UserError where
@@ -74,7 +53,7 @@ def open_peft(folder: Path, adapter: Adapter, architecture: Architecture, family
         if not entry.dtype.is_floating_point:
             raise UserError(f"{path}: '{name}' is {str(entry.dtype).removeprefix('torch.')}, no real number")
     ours = {peft_name(name, family): name for name in adapter.shapes(architecture)}
-    return PeftWeights({ours.get(name, name): entry for name, entry in found.items()})
+    return HuggingFaceWeights({ours.get(name, name): entry for name, entry in found.items()})
 
 
 def write_peft(
