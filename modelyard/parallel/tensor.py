@@ -42,12 +42,9 @@ from modelyard.model.adapter import AdaptedLinear
 from modelyard.model.cache import KeyValueCache
 from modelyard.model.decoder import Decoder, LayerNorm, RMSNorm, local
 from modelyard.parallel.collectives import copy_to_all, gather_tokens, group_of, scatter_sum, sum_of_all
+from modelyard.parallel.cuts import BY_COLUMNS, BY_ROWS, cut_along
 from modelyard.parallel.mesh import Mesh
 from modelyard.parallel.torch_private import gather_into
-
-BY_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-BY_COLUMNS = ("o_proj", "down_proj")
-BY_WORDS = ("embed_tokens", "lm_head")
 
 
 def apply_tensor(model: Decoder, mesh: Mesh) -> None:
@@ -85,11 +82,8 @@ def range_of(length: int, mesh: Mesh) -> range:
 
 def placement_of(module: str, parameter: str) -> Placement:
     """How the parameter of a module (by its name) lies on the tensor-parallel processes."""
-    kind = module.rpartition(".")[2]
-    if kind in BY_ROWS or kind in BY_WORDS:
-        return Replicate() if parameter == "lora_A" else Shard(0)
-    by_columns = ("weight", "weight_codes", "weight_scales", "lora_A")
-    return Shard(1) if kind in BY_COLUMNS and parameter in by_columns else Replicate()
+    dimension = cut_along(module, parameter)
+    return Replicate() if dimension is None else Shard(dimension)
 
 
 def _split_parameters(name: str, module: nn.Module, mesh: DeviceMesh) -> None:

@@ -15,7 +15,7 @@ from modelyard.errors import UserError
 from modelyard.model.adapter import AdaptedWeights
 from modelyard.model.formats import fit_problems
 from modelyard.model.formats.source import FiniteWeights
-from modelyard.parallel.tensor import BY_COLUMNS
+from modelyard.parallel.cuts import BY_COLUMNS
 from modelyard.train.models_on_disk import OpenModel
 
 _WIDEST = 8
