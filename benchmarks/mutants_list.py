@@ -31,15 +31,15 @@ STEP = [
     Mutant(
         "gradients are not divided by the number of targets",
         "train/step.py",
-        "torch._foreach_mul_(gradients, clip / divisor)",
-        "torch._foreach_mul_(gradients, clip)",
+        "factor=clip / divisor",
+        "factor=clip",
         ("shard",),
     ),
     Mutant(
         "divided by this process's targets, not by all",
         "train/step.py",
-        "torch._foreach_mul_(gradients, clip / divisor)",
-        "torch._foreach_mul_(gradients, clip / max(batch.num_targets, 1))",
+        "factor=clip / divisor",
+        "factor=clip / max(batch.num_targets, 1)",
         ("shard",),
     ),
     Mutant(
@@ -73,7 +73,7 @@ STEP = [
     Mutant(
         "the weights are not published after the step",
         "train/step.py",
-        "        weights.publish()\n",
+        "        weights.publish(but=optimizer.published)\n",
         "",
         ("tied", "pipeline zbv"),
     ),
@@ -179,7 +179,7 @@ DATA = [
     ),
     Mutant(
         "what B gives is added by every process that has a summand",
-        "parallel/tensor.py",
+        "parallel/cuts.py",
         'by_columns = ("weight", "weight_codes", "weight_scales", "lora_A")',
         'by_columns = ("weight", "weight_codes", "weight_scales")',
         ("adapter", "tensor"),

@@ -70,6 +70,57 @@ def _validate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    config_arguments(parser)
+    parser.add_argument(
+        "--gpus", type=int, metavar="N", help="devices in all (default: as few as the layout can be on)"
+    )
+    parser.add_argument(
+        "--gpu",
+        default="h100",
+        metavar="NAME",
+        help="a100, h100, h200, b200 and others that an unknown name lists, or this-machine (default: h100)",
+    )
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="default: as usual for the hardware")
+    parser.add_argument(
+        "--network",
+        metavar="RATE",
+        help="what each GPU sends to other nodes, one direction: 50GB/s, 400Gb/s (default: as usual for the hardware)",
+    )
+    parser.add_argument(
+        "--document-length",
+        type=int,
+        metavar="N",
+        help="mean length in tokens of documents that do not see each other (default: as long as a row, the most work)",
+    )
+    parser.add_argument(
+        "--storage", metavar="RATE", help="what a node writes to the disk of checkpoints (default: 2GB/s)"
+    )
+    parser.add_argument(
+        "--search", action="store_true", help="rank the layouts that fit; the config's own is left aside"
+    )
+    parser.add_argument(
+        "--trace",
+        action="store_true",
+        help="build the model and run a step, without the hardware and without memory",
+    )
+    parser.add_argument(
+        "--rank",
+        type=int,
+        action="append",
+        metavar="N",
+        help="with --trace: which (default: some of each pipeline stage)",
+    )
+    parser.add_argument("--measure", action="store_true", help="with --gpu this-machine: measure it again")
+    parser.add_argument("--json", action="store_true", help="as one JSON record: bytes, seconds, FLOP/s")
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from modelyard.plan.command import plan_command
+
+    return plan_command(options, load(options, "train"))
+
+
 def _schema_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kind", choices=("train", "prepare"), default="train", help="which config (default: train)"
@@ -160,6 +211,19 @@ examples:
   modelyard validate train.yaml model.distributed.tensor_parallel=2 --nproc 8""",
         _validate_arguments,
         _validate,
+    ),
+    "plan": Verb(
+        "Whether a config fits, how fast it is and what it costs, on hardware that need not be here.",
+        f"""{OVERRIDES}
+A plan that does not fit names the least that would, and exits with 2. How far plans are from what was measured: docs/planner.md.
+examples:
+  modelyard plan train.yaml --gpus 32 --gpu h100
+  modelyard plan train.yaml --gpus 16384 --gpu h100 --gpus-per-node 8 --network 50GB/s model.distributed.tensor_parallel=8
+  modelyard plan train.yaml --gpus 64 --gpu h200 --search                (the ten best layouts, and YAML to paste)
+  modelyard plan train.yaml --gpus 64 --trace                            (the step itself, on tensors without memory)
+  modelyard plan examples/train-tiny.yaml --gpu this-machine""",
+        _plan_arguments,
+        _plan,
     ),
     "evaluate": Verb(
         "Run the config's evaluators on its newest checkpoint, or on a named one.",

@@ -312,6 +312,10 @@ class TrainingConfig(Section):
     """Whether each block's norms, rotations and activations are fused by torch.compile, for half a minute at the start:
     on a CPU 10 to 17% faster steps in bfloat16 and next to nothing in float32 (docs/speed.md). auto: on a GPU. On a CPU
     it needs a C++ compiler."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """What computes norms, rotations, activations, the loss's softmax and AdamW on a GPU: torch, or this program's kernels in
+    Triton (docs/kernels.md), which agree with torch to rounding. With `compile` they are operators of the compiled blocks.
+    auto: torch, until the kernels have been measured on a GPU. triton needs a CUDA device and the package triton."""
     max_skipped_steps: int = Field(default=10, gt=0)
     """Consecutive steps skipped, for a loss or gradient that is not finite or a spike, before the run stops, in iterations."""
 

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from modelyard import kernels
+from modelyard.device import on_gpu
 from modelyard.dtypes import wide
 from modelyard.loss.vocabulary import Vocabulary, find, log_sum_and_target
 
@@ -141,7 +143,7 @@ def _chunk_rows(weight: Tensor) -> int:
     A chunk should stay near the cache, but each one reads the weight and writes its gradient whole: at 256 tokens and
     more that costs under a tenth of the products (measured: vocabulary 4,096 to 128,256, hidden 512, two cores).
     """
-    elements = 1 << 27 if weight.is_cuda else 1 << 24
+    elements = 1 << 27 if on_gpu(weight) else 1 << 24
     return max(256, elements // weight.shape[0])
 
 
@@ -152,7 +154,7 @@ def _block_rows(weight: Tensor, vocabulary: Vocabulary | None) -> int:
     With a `vocabulary`, too: what is asked of other processes is asked for a whole chunk, as messages cost more than the
     cache saves.
     """
-    if weight.is_cuda or vocabulary is not None:
+    if on_gpu(weight) or vocabulary is not None:
         return _chunk_rows(weight)
     return max(1, (1 << 18) // weight.shape[0])
 
@@ -224,6 +226,17 @@ def _exponentials(
     coefficient * logits afterwards where the logits have the dtype of the coefficient; where theirs is narrower, the
     coefficient is multiplied in already.
     """
+    if vocabulary is None and kernels.available(logits):
+        from modelyard.kernels.cross_entropy import softmax_gradient_
+
+        coefficient.fill_(1.0)  # multiplied in whatever the dtype
+        return softmax_gradient_(
+            logits,
+            target[:, 0],
+            logits_scale=logits_scale,
+            gradient_scale=gradient_scale,
+            z_loss=z_loss,
+        )
     wide_logits = logits.to(coefficient.dtype)
     if logits_scale != 1.0:
         wide_logits.mul_(logits_scale)
@@ -257,7 +270,7 @@ def _add_narrow_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> 
     On a CPU in stretches of rows: a sum of two dtypes casts the whole product first, which costs twice the sum's time
     and, at the size of the head, its memory. A GPU adds both as they are.
     """
-    rows = total.shape[0] if total.is_cuda else max(256, (1 << 20) // total.shape[1])
+    rows = total.shape[0] if on_gpu(total) else max(256, (1 << 20) // total.shape[1])
     for part, a_part in zip(total.split(rows), a.split(rows), strict=True):
         product = a_part @ b
         if first:

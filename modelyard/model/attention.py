@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modelyard.device import on_gpu
 from modelyard.dtypes import wide
 from modelyard.model.torch_private import varlen_attention
 
@@ -112,11 +113,11 @@ def attend(
 
 
 def _varlen_obstacle(q: Tensor) -> str | None:
-    if not q.is_cuda:
+    if not on_gpu(q):
         return "needs CUDA"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"needs bf16 or fp16, not {q.dtype}"
-    if (capability := torch.cuda.get_device_capability(q.device)) < (8, 0):
+    if q.is_cuda and (capability := torch.cuda.get_device_capability(q.device)) < (8, 0):
         return f"needs a GPU of compute capability 8.0 or newer, not {capability[0]}.{capability[1]}"
     if q.shape[2] % 8 or q.shape[2] > 256:
         return f"needs a head size that is a multiple of 8 and at most 256, not {q.shape[2]}"

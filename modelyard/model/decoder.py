@@ -21,8 +21,8 @@ from modelyard.model.activations import ACTIVATIONS
 from modelyard.model.attention import Backend, Segments, flatten_boundaries, one_document
 from modelyard.model.cache import KeyValueCache, LayerCache
 from modelyard.model.dropout import token_words
-from modelyard.model.elementwise import rms_norm, rotate, swiglu
-from modelyard.model.recompute import cheap
+from modelyard.model.elementwise import rms_norm, rms_norm_of_sum, rotate_both, swiglu
+from modelyard.model.recompute import cheap, made_by
 from modelyard.model.rotary import rotary_table
 
 if TYPE_CHECKING:
@@ -59,6 +59,14 @@ class RMSNorm(nn.Module):
         # The cast does nothing but after a residual stream that is wider than the weights.
         return rms_norm(x, local(self.weight), self.epsilon).to(self.weight.dtype)
 
+    def of_sum(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """x + added, and its norm."""
+        if type(self).normalize is not RMSNorm.normalize:  # a layout does more in it
+            total = x + added
+            return total, self(total)
+        total, normal = rms_norm_of_sum(x, added, local(self.weight), self.epsilon)
+        return total, made_by(self.normalize, total, output=normal.to(self.weight.dtype))
+
 
 class LayerNorm(nn.Module):
     """Mean and variance of the last dimension taken out, then a weight and a bias (arXiv 1607.06450)."""
@@ -76,8 +84,13 @@ class LayerNorm(nn.Module):
         weight, bias = local(self.weight).to(x.dtype), local(self.bias).to(x.dtype)
         return F.layer_norm(x, weight.shape, weight, bias, self.epsilon).to(self.weight.dtype)
 
+    def of_sum(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """x + added, and its norm."""
+        total = x + added
+        return total, self(total)
 
-def normalization(architecture: Architecture) -> nn.Module:
+
+def normalization(architecture: Architecture) -> RMSNorm | LayerNorm:
     """A norm of the hidden states."""
     kind = LayerNorm if architecture.norm_type == "layer_norm" else RMSNorm
     return kind(architecture.hidden_size, architecture.norm_epsilon)
@@ -107,7 +120,7 @@ class Attention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+            q, k = rotate_both(q, k, *rotary)
         if self.query_scale != 1:
             q = q * self.query_scale
         return q, k, v
@@ -195,8 +208,8 @@ class Block(nn.Module):
 
     def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
         """The residual stream x [tokens, hidden] and the attention's [tokens, heads, head_size] -> [tokens, hidden]."""
-        x = x + self.self_attn.o_proj(attended.flatten(1))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x, normal = self.post_attention_layernorm.of_sum(x, self.self_attn.o_proj(attended.flatten(1)))
+        return x + self.mlp(normal)
 
 
 class Decoder(nn.Module):

@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from modelyard.config.adapter import MODULES
+from modelyard.device import on_gpu
 from modelyard.model.init import key
 
 _BITS = 31
-_PIECE = {"cpu": 1 << 16, "cuda": 1 << 24}
+_PIECE, _PIECE_ON_GPU = 1 << 16, 1 << 24
 """Inputs that are hashed at a time: on a CPU as many as stay in its cache, on a GPU what it has memory for."""
 
 
@@ -95,7 +96,7 @@ def _drop(x: Tensor, words: Tensor, matrix: str, first_feature: int, p: float) -
         return torch.where(_hash(words, columns) >= threshold, x * scale, 0.0)
     columns = _feature_words(matrix, first_feature, x.shape[1], x.device)
     out = torch.empty_like(x)
-    tokens = max(_PIECE.get(x.device.type, 1 << 24) // x.shape[1], 1)
+    tokens = max((_PIECE_ON_GPU if on_gpu(x) else _PIECE) // x.shape[1], 1)
     for begin in range(0, x.shape[0], tokens):
         piece = slice(begin, begin + tokens)
         torch.mul(x[piece], scale, out=out[piece])

@@ -2,7 +2,8 @@
 
 Each is an autograd function with a hand-written backward beside the plain formula that it must equal. On a CPU these
 operations are bound by memory: writing into one output and keeping only the inputs for the backward takes a third to
-a sixth of the time of the same formula left to autograd, and less memory.
+a sixth of the time of the same formula left to autograd, and less memory. Where `modelyard.kernels.available` says so, a
+kernel in Triton takes the place of both.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from modelyard import kernels
 from modelyard.dtypes import wide
 
 # --- RMSNorm ----------------------------------------------------------------------------------------------------
@@ -52,10 +54,27 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """`rms_norm_plain` with a backward of fewer passes. x [..., hidden], weight [hidden] -> [..., hidden]."""
+    """`rms_norm_plain` with a backward of fewer passes. x [..., hidden], weight [hidden] -> [..., hidden].
+
+    The result has the wider dtype of the two, of a kernel the weight's.
+    """
+    if kernels.available(x, weight):
+        from modelyard.kernels.rms_norm import rms_norm as fast
+
+        return fast(x, weight, epsilon)
     if torch.compiler.is_compiling():
         return rms_norm_plain(x, weight, epsilon)
     return _RMSNorm.apply(x, weight, epsilon)
+
+
+def rms_norm_of_sum(x: Tensor, added: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """x + added and its `rms_norm`, in one pass where there is a kernel for it. x and `added` [..., hidden], weight [hidden]."""
+    if kernels.available(x, added, weight):
+        from modelyard.kernels.rms_norm import rms_norm_of_sum as fast
+
+        return fast(x, added, weight, epsilon)
+    total = x + added
+    return total, rms_norm(total, weight, epsilon)
 
 
 # --- rotary -----------------------------------------------------------------------------------------------------
@@ -99,6 +118,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _Rotate.apply(x, cos, sin)
 
 
+def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`rotate` of queries [tokens, heads, head_size] and keys [tokens, groups, head_size]."""
+    if kernels.available(q, k) and cos.dtype == torch.float32:
+        from modelyard.kernels.rotary import rotate as fast
+
+        return fast(q, k, cos, sin)
+    return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
 # --- SwiGLU -----------------------------------------------------------------------------------------------------
 
 
@@ -124,6 +152,10 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """`swiglu_plain` that keeps only its inputs. gate and up [..., ffn_hidden] -> [..., ffn_hidden]."""
+    if kernels.available(gate, up):
+        from modelyard.kernels.swiglu import swiglu as fast
+
+        return fast(gate, up)
     if torch.compiler.is_compiling():
         return swiglu_plain(gate, up)
     return _SwiGLU.apply(gate, up)

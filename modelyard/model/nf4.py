@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from modelyard.device import on_gpu
 from modelyard.dtypes import wide
 
 NF4 = (
@@ -160,7 +161,7 @@ class _FrozenProduct(torch.autograd.Function):
 
 def _rows_at_once(matrix: Tensor) -> int:
     """Rows to work on at once: about 1 MiB of fp32 on a CPU (a quarter of the time of all at once), 64 MiB on a GPU."""
-    return max(1, (1 << 24 if matrix.is_cuda else 1 << 18) // max(matrix.shape[1], 1))
+    return max(1, (1 << 24 if on_gpu(matrix) else 1 << 18) // max(matrix.shape[1], 1))
 
 
 @lru_cache

@@ -164,6 +164,14 @@ def cheap(function: Callable[..., Tensor], *inputs: Tensor, keeps_more: bool = F
     return output
 
 
+def made_by(function: Callable[..., Tensor], *inputs: Tensor, output: Tensor) -> Tensor:
+    """`output`, which is what `function(*inputs)` would give, `cheap` as that is; another way made it along with something
+    else. `function` must give the same bits."""
+    if not torch.compiler.is_compiling() and (outputs := _outputs.get()) is not None:
+        outputs.add(output, _Again(function, inputs))
+    return output
+
+
 class _Again:
     """In the place of a tensor that several operations would keep: how to make it."""
 

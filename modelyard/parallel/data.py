@@ -10,7 +10,7 @@ gradients. Gradients are summed, never averaged: the loss is a sum over tokens, 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.distributed as dist
@@ -125,8 +125,12 @@ class ShardedWeights:
         self._shares = torch.tensor(shares, dtype=torch.float64, device=device)
         """[trained parameters]: how much of each one's squared norm this process counts."""
 
+    def copies_of_masters(self) -> dict[str, Tensor]:
+        """None: FSDP casts."""
+        return {}
+
     @torch.no_grad()
-    def publish(self) -> None:
+    def publish(self, *, but: Collection[str] = ()) -> None:
         """Refresh second copies; for the rest nothing: FSDP casts and gathers when a module runs."""
         for name, twin in self._twins.items():
             local_tensor(twin).copy_(self.master[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 from modelyard.config.architecture import Architecture
@@ -20,6 +21,7 @@ def layer_costs(architecture: Architecture, sequence_length: int) -> tuple[list[
     return [after - before for before, after in pairwise(totals)], totals[0]
 
 
+@lru_cache(maxsize=256)  # the planner asks again for every layout that it tries
 def split_layers(architecture: Architecture, stages: int, sequence_length: int) -> list[range]:
     """The layers of each stage, in order, every stage with at least one.
 
@@ -41,13 +43,16 @@ def split_layers(architecture: Architecture, stages: int, sequence_length: int) 
     smallest: list[int | None] = [cost(i, layers) if i < layers else None for i in range(layers + 1)]
     for _ in range(stages - 1):
         previous = smallest
-        smallest = [
-            min(
-                (max(cost(i, j), worst) for j in range(i + 1, layers) if (worst := previous[j]) is not None),
-                default=None,
-            )
-            for i in range(layers + 1)
-        ]
+        smallest = [None] * (layers + 1)
+        for i in range(layers + 1):
+            least: int | None = None
+            for j in range(i + 1, layers):
+                here = cost(i, j)
+                if least is not None and here >= least:
+                    break  # longer stages cost more
+                if (worst := previous[j]) is not None and (least is None or max(here, worst) < least):
+                    least = max(here, worst)
+            smallest[i] = least
     largest = smallest[0]
     assert largest is not None
 
@@ -59,17 +64,15 @@ def split_layers(architecture: Architecture, stages: int, sequence_length: int) 
     ]
     for _ in range(stages - 1):
         following = best
-        best = [
-            min(
-                (
-                    (cost(i, j) ** 2 + rest[0], (j - i, *rest[1]))
-                    for j in range(i + 1, layers)
-                    if cost(i, j) <= largest and (rest := following[j]) is not None
-                ),
-                default=None,
-            )
-            for i in range(layers + 1)
-        ]
+        best = [None] * (layers + 1)
+        for i in range(layers + 1):
+            found: list[Best] = []
+            for j in range(i + 1, layers):
+                if (here := cost(i, j)) > largest:
+                    break
+                if (rest := following[j]) is not None:
+                    found.append((here**2 + rest[0], (j - i, *rest[1])))
+            best[i] = min(found, default=None)
     assert best[0] is not None
     ends = list(accumulate(best[0][1], initial=0))
     return [range(begin, end) for begin, end in pairwise(ends)]

@@ -87,6 +87,15 @@ class Block:
         held.give(USED, self.whole if self.exchanges else self.stream)
 
     @property
+    def kept(self) -> int:
+        """Between its forward and its backward."""
+        if self.mode == "full":
+            return self.stream
+        cheap = 2 * self.whole + self.inner if self.mode == "none" else 0
+        attention = 2 * self.query + 2 * self.seen + self.log_sums
+        return 2 * (self.stream + self.kept_of_rms) + attention + sum(self._inner_parts[:-1]) + cheap
+
+    @property
     def gradients_of_outputs(self) -> int:
         """Of norms and matrix products: what a backward of the inputs keeps of a block, beside what the forward kept."""
         gated = self.workload.architecture.gated

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from modelyard.config.layout import SPLIT_BACKWARD
 from modelyard.plan.block import Block
-from modelyard.plan.schedules import order
+from modelyard.plan.schedules import most_on_the_way, order
 from modelyard.plan.units import Parameter, Unit, units_of
 from modelyard.plan.workload import Workload
 
@@ -60,10 +60,33 @@ def memory_of(workload: Workload, place: int = 0) -> Memory:
 
 def most_of_all(workload: Workload) -> tuple[int, Memory]:
     """The place along the pipeline whose process holds the most, and what it holds."""
-    places = range(workload.layout.pipeline)
-    found = {place: memory_of(workload, place) for place in places}
-    worst = max(places, key=lambda place: found[place].peak)
+    found = {place: memory_of(workload, place) for place in _worth_asking(workload)}
+    worst = max(found, key=lambda place: found[place].peak)
     return worst, found[worst]
+
+
+def least_memory(workload: Workload) -> int:
+    """What the first process holds at any rate, without a replay: weights, optimizer state, the blocks' activations."""
+    replay, layout = _Replay(workload, 0), workload.layout
+    units = [unit for stage in replay.stages for unit in stage]
+    held = sum(unit.kept(replay.parts) + replay.moments(unit) for unit in units)
+    if replay.is_sharded and layout.zero_stage < 3:
+        held += sum(unit.gathered(replay.parts) for unit in units)
+    blocks = min(len(workload.stage_layers[stage]) for stage in workload.stages_at(0))
+    if layout.pipeline > 1:
+        blocks *= most_on_the_way(
+            layout.schedule, layout.pipeline, layout.stages_per_process, 0, workload.micro_batches
+        )
+    first = replay.first_trained(replay.stages[0][:-1], is_first=True)
+    return held if first else held + blocks * replay.block.kept
+
+
+def _worth_asking(workload: Workload) -> list[int]:
+    """Places along a pipeline one of which holds the most: the first, which has the embedding; the last, which has the head;
+    and the earliest of those with the most layers, as earlier ones have more micro-batches on their way."""
+    places = range(workload.layout.pipeline)
+    layers = [sum(len(workload.stage_layers[s]) for s in workload.stages_at(place)) for place in places]
+    return sorted({places[0], places[-1], layers.index(max(layers))})
 
 
 @dataclass
@@ -125,7 +148,7 @@ class _Replay:
     def run(self) -> Memory:
         held, units = self.held, [unit for stage in self.stages for unit in stage]
         held.take("master weights", *(unit.kept(self.parts) for unit in units))
-        held.take("optimizer state", *(self._moments(unit) for unit in units))
+        held.take("optimizer state", *(self.moments(unit) for unit in units))
         if not self.is_sharded and self.is_mixed:
             held.take("weights to compute with", *(self._copy(unit) for unit in units))
         if self.workload.layout.pipeline > 1:
@@ -139,8 +162,8 @@ class _Replay:
         held.take("working space", self._in_optimizer(units))
         return Memory(held.peak, held.at_peak, held.moment, at_rest, dict(held.phases))
 
-    def _moments(self, unit: Unit) -> int:
-        counts = [(p.shard(self.parts), p.master_width) for p in unit.trained()]
+    def moments(self, unit: Unit) -> int:
+        counts = [(p.shard(self.parts), p.master_width) for p in unit.trained]
         if self.workload.optimizer_state == "float32":
             return sum(2 * count * width for count, width in counts)
         # A byte a number, and an fp32 scale for every 256; small ones stay as they are.
@@ -153,7 +176,7 @@ class _Replay:
         """Moments of 8 bits are made wide for the update, a piece at a time."""
         if self.workload.optimizer_state == "float32":
             return 0
-        counts = [p.shard(self.parts) for unit in units for p in unit.trained()]
+        counts = [p.shard(self.parts) for unit in units for p in unit.trained]
         piece = min(max(counts, default=0), 1 << (24 if self.workload.on_gpu else 17))
         return 6 * piece * self.workload.master_width
 
@@ -164,12 +187,14 @@ class _Replay:
     def _messages(self) -> int:
         """What a pipeline's stages receive into: torch has a place for each micro-batch's stream and its gradient."""
         work, mine = self.workload, self.workload.stages_at(self.place)
-        # Between two stages of one process nothing is received.
-        behind = [stage for stage in mine if stage > 0 and stage - 1 not in mine]
+        behind = [stage for stage in mine if stage > 0]
+        # From a stage of the same process no gradient is received, and the stream is kept in place of what would be.
         before = [stage for stage in mine if stage < work.layout.stages - 1 and stage + 1 not in mine]
         each = len(behind) + len(before)
         if work.layout.schedule in SPLIT_BACKWARD:
-            each += len(behind)  # a backward of the inputs leaves its result at the place that the input came to
+            each += len(
+                behind
+            )  # a backward of the inputs leaves its result at the place that the input came to
         return each * work.micro_batches * self.block.stream
 
     # --- the step ---------------------------------------------------------------------------------------------------
@@ -237,7 +262,7 @@ class _Replay:
         inner = [unit for unit in inner if unit.name != "embedding"]
         for unit in reversed(inner):
             self.held.where = unit.name
-            for module in dict.fromkeys(p.module for p in unit.trained()):
+            for module in unit.made:
                 self._made(unit, module)
             self.held.give("activations", kept // len(inner))
         self.held.give("activations", kept - kept // len(inner) * len(inner))
@@ -258,7 +283,7 @@ class _Replay:
             if unit is inner[0]:
                 block.begin(embeds=is_first)
             if unit.name != "embedding":
-                block.forward(for_backward=unit in inner[self._first_trained(inner, is_first) :])
+                block.forward(for_backward=unit in inner[self.first_trained(inner, is_first) :])
             if self.is_sharded and self.workload.layout.zero_stage == 3:
                 self._reshard(unit)
         held.give("communication", self.flat)
@@ -268,7 +293,7 @@ class _Replay:
         """From the gradient of the stream behind the last block on; bytes that are kept where weights are put off."""
         held, block = self.held, self.block
         inner, rest = units[:-1], units[-1]
-        begin = self._first_trained(inner, is_first)
+        begin = self.first_trained(inner, is_first)
         kept: list[int] = []
         for number, unit in reversed(list(enumerate(inner))[begin:]):
             held.where = unit.name
@@ -284,7 +309,7 @@ class _Replay:
                 self._reduce(unit, is_last=is_last)
         held.where = "embedding"
         embedding = inner[0] if inner[0].name == "embedding" else rest
-        if is_first and begin == 0 and any(embedding.trained()):
+        if is_first and begin == 0 and any(embedding.trained):
             block.embed_backward(embedding)
         else:
             held.give("working space", block.stream)
@@ -299,12 +324,12 @@ class _Replay:
             self.sent = 0
         return 0
 
-    def _first_trained(self, inner: list[Unit], is_first: bool) -> int:
+    def first_trained(self, inner: list[Unit], is_first: bool) -> int:
         """The first of a stage's units that a backward goes to: all of them, but that of the first stage ends where nothing
         before is trained."""
         if not is_first:
             return 0
-        return next((number for number, unit in enumerate(inner) if any(unit.trained())), len(inner))
+        return next((number for number, unit in enumerate(inner) if any(unit.trained)), len(inner))
 
     # --- weights ----------------------------------------------------------------------------------------------------
 
@@ -356,8 +381,7 @@ class _Replay:
         held = self.held
         if self._puts_off and unit.name.startswith("layers."):
             return
-        found = [p for p in unit.trained() if p.module == module]
-        narrow, wide = sum(p.count * p.width for p in found), sum(p.count * p.master_width for p in found)
+        narrow, wide = unit.made.get(module, (0, 0))
         is_second = (unit.name, module) in self.made  # of a matrix that is the embedding and the head
         self.made.add((unit.name, module))
         if self.is_sharded or not self.is_mixed:
@@ -380,7 +404,7 @@ class _Replay:
             self.summed.add(unit.name)
             return
         held, stage = self.held, self.workload.layout.zero_stage
-        narrow, wide = unit.gradient(), unit.wide_gradient()
+        narrow, wide = unit.gradient, unit.wide_gradient()
         if self.is_mixed:
             if unit.name in self.whole:  # added to what is there
                 held.give("gradients", narrow)

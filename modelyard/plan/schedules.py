@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import count
+from functools import lru_cache
+from itertools import accumulate, count
 from typing import Literal, NamedTuple
 
-from modelyard.config.layout import SPLIT_BACKWARD, Layout
+from modelyard.config.layout import SPLIT_BACKWARD, Layout, Schedule
 
 Kind = Literal["forward", "backward", "inputs", "weights"]
 """`inputs` and `weights` are the two halves of a `backward` that is split."""
@@ -32,6 +33,16 @@ def order(layout: Layout, place: int, micro_batches: int) -> list[Action]:
     if layout.schedule == "zbv":
         return list(_zbv(layout.pipeline, place, micro_batches))
     return list(_interleaved(layout, place, micro_batches))
+
+
+@lru_cache(maxsize=4096)
+def most_on_the_way(
+    schedule: Schedule, pipeline: int, stages_per_process: int, place: int, micro_batches: int
+) -> int:
+    """Forwards of single stages whose backward is still to come, at most at a time, on the process at `place`."""
+    layout = Layout(pipeline=pipeline, schedule=schedule, stages_per_process=stages_per_process)
+    steps: dict[Kind, int] = {"forward": 1, "backward": -1, "inputs": 0, "weights": -1}
+    return max(accumulate(steps[action.kind] for action in order(layout, place, micro_batches)))
 
 
 def _one_stage(pipeline: int, place: int, micro_batches: int) -> Iterator[Action]:

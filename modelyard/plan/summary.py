@@ -60,7 +60,7 @@ def summarise(loaded: Loaded, processes: int | None = None) -> tuple[str, list[s
         warnings += _missing_sources(loaded.prepare)
     else:
         blocks += _training_blocks(loaded, processes, problems, warnings)
-    text = "\n\n".join(f"{title}\n{_indented(body)}" for title, body in blocks if body)
+    text = "\n\n".join(f"{title}\n{indented(body)}" for title, body in blocks if body)
     return text, list(dict.fromkeys(problems)), list(dict.fromkeys(warnings))
 
 
@@ -101,21 +101,21 @@ def _training_blocks(
     loaded: Loaded, processes: int | None, problems: list[str], warnings: list[str]
 ) -> list[tuple[str, str]]:
     config, architecture = loaded.train, loaded.architecture
-    blocks = [("model", _table(_model_rows(config, architecture)))]
+    blocks = [("model", table(_model_rows(config, architecture)))]
     if config.pretrained is not None and config.pretrained.model_weights:
         problems += unreadable_weights(config.pretrained.path)
-    blocks.append(("batch", _table(_batch_rows(config))))
-    blocks.append(("layout", _table(_layout_rows(loaded, processes, problems))))
-    blocks.append(("data", _table(_data_rows(config, architecture, problems, warnings))))
+    blocks.append(("batch", table(_batch_rows(config))))
+    blocks.append(("layout", table(_layout_rows(loaded, processes, problems))))
+    blocks.append(("data", table(_data_rows(config, architecture, problems, warnings))))
     if architecture is not None:
-        blocks.append(("compute", _table(_compute_rows(config, architecture))))
-        blocks.append(("disk", _table(_disk_rows(config, architecture))))
+        blocks.append(("compute", table(_compute_rows(config, architecture))))
+        blocks.append(("disk", table(_disk_rows(config, architecture))))
         if problem := disk_problem(config, architecture):
             warnings.append(problem)
     if config.training.train_iters:
         blocks.append(("learning rate", plot(config.optimizer.learning_rate, config.training.train_iters)))
     rows = [(row.key, row.why) for row in loaded.without_effect]
-    blocks.append(("accepted without effect here", _table(rows)))
+    blocks.append(("accepted without effect here", table(rows)))
     warnings += _odd_lengths(config) + trace_warnings(config)
     return blocks
 
@@ -362,10 +362,12 @@ def _ends(config: LearningRateConfig, iterations: int) -> str:
     )
 
 
-def _table(rows: Sequence[tuple[str, str]]) -> str:
+def table(rows: Sequence[tuple[str, str]]) -> str:
+    """Names in one column, texts in another."""
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
 
-def _indented(text: str) -> str:
+def indented(text: str) -> str:
+    """Every line by two blanks."""
     return "\n".join(f"  {line}".rstrip() for line in text.splitlines())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 
 from modelyard.config.adapter import MODULES, Quantization, is_adapter_parameter
@@ -26,11 +26,11 @@ class Parameter:
     master_width: int
     """Bytes of a number that is kept; as `width` where there is no second copy."""
 
-    @property
+    @cached_property
     def count(self) -> int:
         return prod(self.shape)
 
-    @property
+    @cached_property
     def module(self) -> str:
         """The last part of the name of the module that it is of: `q_proj`."""
         return self.name.split(".")[-2]
@@ -48,24 +48,47 @@ class Unit:
     name: str
     parameters: tuple[Parameter, ...]
 
-    def trained(self) -> Iterator[Parameter]:
-        return (parameter for parameter in self.parameters if parameter.trained)
+    @cached_property
+    def trained(self) -> tuple[Parameter, ...]:
+        return tuple(parameter for parameter in self.parameters if parameter.trained)
+
+    @cached_property
+    def made(self) -> Mapping[str, tuple[int, int]]:
+        """Bytes of the gradients of each module, in the dtype to compute with and in the one that they are summed in."""
+        found: dict[str, tuple[int, int]] = {}
+        for p in self.trained:
+            narrow, wide = found.get(p.module, (0, 0))
+            found[p.module] = narrow + p.count * p.width, wide + p.count * p.master_width
+        return found
 
     def kept(self, processes: int) -> int:
         """Bytes of what one of `processes` keeps of the weights."""
         return sum(p.shard(processes) * p.master_width for p in self.parameters)
 
     def gathered(self, processes: int) -> int:
-        """Bytes of the whole unit as it is computed with."""
-        return sum(p.shard(processes) * processes * p.width for p in self.parameters)
+        """Bytes of the whole unit as it is computed with, filled up so that `processes` can share it."""
+        return self._sizes(processes)[0]
 
-    def gradient(self, processes: int = 1) -> int:
-        """Bytes of the gradients as the backward makes them, or filled up so that `processes` can share them."""
-        return sum(p.shard(processes) * processes * p.width for p in self.trained())
+    @cached_property
+    def gradient(self) -> int:
+        """Bytes of the gradients as the backward makes them."""
+        return sum(p.count * p.width for p in self.trained)
 
     def wide_gradient(self, processes: int = 1) -> int:
         """Bytes of the gradients in the dtype that they are summed in, filled up so that `processes` can share them."""
-        return sum(p.shard(processes) * processes * p.master_width for p in self.trained())
+        return self._sizes(processes)[1]
+
+    @cached_property
+    def _found(self) -> dict[int, tuple[int, int]]:
+        return {}
+
+    def _sizes(self, processes: int) -> tuple[int, int]:
+        """Both of the above; a replay asks for them again and again."""
+        if processes not in self._found:
+            gathered = sum(p.shard(processes) * processes * p.width for p in self.parameters)
+            wide = sum(p.shard(processes) * processes * p.master_width for p in self.trained)
+            self._found[processes] = gathered, wide
+        return self._found[processes]
 
 
 def units_of(workload: Workload, place: int) -> list[list[Unit]]:
@@ -99,6 +122,8 @@ def _units_of_stage(workload: Workload, stage: int) -> list[Unit]:
 def _of_layer(parameter: Parameter, layer: int, workload: Workload) -> Parameter:
     """A parameter of the first block, in another one; which of a layer's are trained may differ."""
     name = parameter.name.replace("layers.0.", f"layers.{layer}.")
+    if name.endswith(("_codes", "_scales", "_range")):  # of a quantized matrix: never trained
+        return replace(parameter, name=name)
     return replace(parameter, name=name, trained=name not in workload.frozen)
 
 

@@ -52,10 +52,10 @@ const PLOTS = [
   ["Accuracy", UNITS.share, named("accuracies"), {}],
   ["Learning rate", UNITS.rate, [series("learning_rate", "learning rate")], {}],
   ["Gradient norm, before clipping", UNITS.norm, [{ ...series("grad_norm", "gradient norm"), smoothable: true }], {}],
-  ["Throughput", UNITS.speed, [series("tokens_per_second", "tokens/s")], {}],
+  ["Throughput", UNITS.speed, [series("tokens_per_second", "tokens/s"), series("planned_tokens_per_second", "planned")], {}],
   ["Model FLOP utilisation (MFU)", UNITS.share, [series("mfu_causal", "causal"), series("mfu_full", "full square")], {}],
   ["Model FLOP/s", UNITS.flops, [series("model_flops_per_second", "model FLOP/s")], {}],
-  ["Peak memory so far", UNITS.bytes, [series("memory_bytes", "memory")], {}],
+  ["Peak memory so far", UNITS.bytes, [series("memory_bytes", "memory"), series("planned_memory_bytes", "planned")], {}],
   ["Answers to conversations", UNITS.share, named("answers"), {}],
   ["Waiting for data", UNITS.share, [series("data_wait_share", "share of step time")], {}],
 ];

@@ -32,10 +32,12 @@ NUMBERS = (
     "learning_rate",
     "grad_norm",
     "tokens_per_second",
+    "planned_tokens_per_second",
     "mfu_causal",
     "mfu_full",
     "model_flops_per_second",
     "memory_bytes",
+    "planned_memory_bytes",
     "data_wait_share",
     "skipped_steps",
 )

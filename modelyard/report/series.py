@@ -22,10 +22,12 @@ PLOTTED = (
     "learning_rate",
     "grad_norm",
     "tokens_per_second",
+    "planned_tokens_per_second",
     "mfu_causal",
     "mfu_full",
     "model_flops_per_second",
     "memory_bytes",
+    "planned_memory_bytes",
     "data_wait_share",
 )
 

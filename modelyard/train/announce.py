@@ -14,7 +14,7 @@ from modelyard.config.peft import adapter_in_short
 from modelyard.config.traces import trace_warnings
 from modelyard.files import CHAT_FILE
 from modelyard.plan.layout import layout_line, layout_rows
-from modelyard.train.build import compiles
+from modelyard.train.build import chosen_kernels, compiles
 
 if TYPE_CHECKING:
     from modelyard.train.state import Run
@@ -41,6 +41,8 @@ def announce(run: Run, remarks: list[str]) -> None:
         console.line(
             "blocks are compiled: the first iteration takes longer than those after it, up to minutes"
         )
+    if chosen_kernels(config) == "triton":
+        console.line("computed with kernels in Triton where there are any (training.kernels)")
 
 
 def say_start(run: Run) -> None:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modelyard.device import on_gpu
+
 BLOCK = 256
 """Values that share a scale."""
 _DECADES = 7
@@ -57,7 +59,7 @@ class Blockwise:
     def pieces(self) -> Iterator[slice]:
         """The values in stretches that are worked on at once: whole blocks, but for the last. On a CPU they fit the cache, on a
         GPU they are enough to keep it busy."""
-        step = 1 << (24 if self.codes.is_cuda else 17)
+        step = 1 << (24 if on_gpu(self.codes) else 17)
         for begin in range(0, self._length, step):
             yield slice(begin, min(begin + step, self._length))
 

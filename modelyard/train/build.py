@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from modelyard import kernels
 from modelyard.config.architecture import Architecture
 from modelyard.config.layout import splits_backward
 from modelyard.config.model import BaseModelConfig, init_limits
@@ -48,6 +49,22 @@ def compiles(config: TrainConfig, device: torch.device) -> bool:
             f"training.compile: yes needs a C++ compiler, and there is no {compiler}; install one, name it in the "
             "variable CXX, or write compile: no"
         )
+    return wanted
+
+
+def chosen_kernels(config: TrainConfig) -> kernels.Choice:
+    """What computes the parts that there are kernels for; raises UserError where this machine cannot."""
+    wanted = config.training.kernels
+    if wanted == "auto":  # nobody has measured the kernels on a GPU yet
+        return "torch"
+    if wanted == "triton":
+        if problem := kernels.obstacle():
+            raise UserError(f"training.kernels: triton needs {problem}; write kernels: auto")
+        if config.model.distributed.training_dtype == "float64":
+            raise UserError(
+                "training.kernels: triton computes in float32, and model.distributed.training_dtype is float64; "
+                "write kernels: auto"
+            )
     return wanted
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from modelyard import kernels
 from modelyard.train.blockwise import Blockwise
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -23,7 +24,8 @@ class Optimizer:
     count of steps, `steps`: the number of successful updates, which the bias correction uses. `scales` are factors on
     the learning rate by name (1 where none is given); a parameter whose factor is 0 is frozen, and has no moments.
     `state` is how moments are kept: `float32` is `torch.optim.AdamW`, fused where torch has it for the device; `8bit`
-    narrows them between steps, and the step itself is computed as wide.
+    narrows them between steps, and the step itself is computed as wide. Where `modelyard.kernels.available` says so, a
+    kernel takes the place of `torch.optim.AdamW`, whose state stays as that has it.
     """
 
     def __init__(
@@ -37,9 +39,14 @@ class Optimizer:
         state: Literal["float32", "8bit"] = "float32",
     ):
         scales = scales or {}
+        self._betas, self._epsilon = betas, epsilon
+        self.published: Collection[str] = ()
+        """The parameters whose copies the last step wrote along with them."""
         self.trained = {name: p for name, p in parameters.items() if scales.get(name, 1.0) != 0}
         """The parameters that have moments."""
         self._narrow: dict[str, _NarrowAdamW] = {}
+        self._factors: dict[str, tuple[float, float]] = {}
+        """Of what has wide moments: the factor on the learning rate, and the weight decay."""
         members: dict[tuple[bool, float], list[nn.Parameter]] = {}
         for name, p in self.trained.items():
             scale, decay = scales.get(name, 1.0), weight_decay if p.dim() >= 2 else 0.0
@@ -47,6 +54,7 @@ class Optimizer:
                 self._narrow[name] = _NarrowAdamW(p, scale=scale, decay=decay, betas=betas, epsilon=epsilon)
             else:
                 members.setdefault((p.dim() >= 2, scale), []).append(p)
+                self._factors[name] = scale, decay
         groups = [
             {"params": group, "weight_decay": weight_decay if decayed else 0.0, "scale": scale}
             for (decayed, scale), group in members.items()
@@ -56,14 +64,66 @@ class Optimizer:
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=epsilon, fused=True)
         self.steps = 0
 
-    def step(self, learning_rate: float) -> None:
-        """Update every parameter from its `.grad`, which is left as it is."""
-        for group in self.adamw.param_groups:
-            group["lr"] = learning_rate * group["scale"]
-        self.adamw.step()
+    def step(
+        self,
+        learning_rate: float,
+        *,
+        factor: float = 1.0,
+        copies: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Update every parameter from `factor` times its `.grad`, which may be multiplied in place.
+
+        `copies`, by name, are in another dtype; a kernel writes them, too, and `published` says which have been.
+        """
         self.steps += 1
+        wide = [name for name in self._factors if self.trained[name].grad is not None]
+        by_kernel = bool(wide) and kernels.available(*self._pairs(wide))
+        if factor != 1.0 and (left := self._gradients(self._narrow if by_kernel else self.trained)):
+            torch._foreach_mul_(left, factor)
+        self.published = ()
+        if by_kernel:
+            self._step_by_kernel(wide, learning_rate, factor, copies or {})
+        else:
+            for group in self.adamw.param_groups:
+                group["lr"] = learning_rate * group["scale"]
+            self.adamw.step()
         for narrow in self._narrow.values():
             narrow.step(learning_rate, self.steps)
+
+    def _gradients(self, names: Collection[str]) -> list[Tensor]:
+        return [g for name in names if (g := self.trained[name].grad) is not None]
+
+    def _pairs(self, names: Collection[str]) -> list[Tensor]:
+        """Parameters and their gradients."""
+        return [self.trained[name] for name in names] + self._gradients(names)
+
+    def _step_by_kernel(
+        self, names: list[str], learning_rate: float, factor: float, copies: Mapping[str, Tensor]
+    ) -> None:
+        from modelyard.kernels.adamw import Update, adamw_
+
+        updates, counts = [], []
+        for name in names:
+            parameter = self.trained[name]
+            assert parameter.grad is not None
+            state = self.adamw.state[parameter]
+            if not state:  # the first step; as torch.optim.AdamW has it
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                state |= {moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS}
+            counts.append(state["step"])
+            mean, square = (state[moment] for moment in MOMENTS)
+            factors, copy = self._factors[name], copies.get(name)
+            updates.append(Update(parameter.detach(), parameter.grad, mean, square, copy, *factors))
+        adamw_(
+            updates,
+            rate=learning_rate,
+            factor=factor,
+            betas=self._betas,
+            epsilon=self._epsilon,
+            steps=self.steps,
+        )
+        torch._foreach_add_(counts, 1.0)
+        self.published = [name for name in names if name in copies]
 
     def moments(self) -> dict[str, Tensor]:
         """`{"<parameter name>.exp_avg": tensor, …}` of what is trained, zeros before the first step, of the parameters' full

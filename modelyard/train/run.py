@@ -21,11 +21,13 @@ from modelyard.train.checkpoint import Checkpoint, newest_usable
 from modelyard.train.console import Console
 from modelyard.train.experiment import refuse_foreign_folder, write_description
 from modelyard.train.failure import Watch, lost_contact, on_its_own
+from modelyard.train.forecast import Forecast
 from modelyard.train.metrics import (
     IntervalMeter,
     MetricsLog,
     NoMetrics,
     peak_flops,
+    peak_memory,
     training_line,
     training_record,
 )
@@ -225,6 +227,7 @@ def _loop(run: Run, log: MetricsLog | NoMetrics) -> int:
     console.start_bar(training.train_iters, done=begin_iteration)
     peak = peak_flops(run.device, run.dtype)
     meter, total = IntervalMeter(), IntervalMeter()
+    forecast = Forecast(run)
     run.clock.read()  # what was before belongs to no interval
 
     if begin_iteration or run.finished:
@@ -243,13 +246,14 @@ def _loop(run: Run, log: MetricsLog | NoMetrics) -> int:
         for sums in (meter, total):
             sums.add(seconds, data_wait, config.batch.tokens)
         run.health.check(seconds, data_wait)
+        forecast.look(seconds - data_wait, peak_memory(run.device))
         console.advance(progress.iteration, result.loss)
         if run.went_back:
             with run.world.together():
                 log.rewind(progress.iteration)
         else:
             if training.logs.due(progress.iteration) or (run.finished and training.logs.interval):
-                record = training_record(run, result, rate, meter, peak)
+                record = training_record(run, result, rate, meter, peak) | forecast.record()
                 log.write(record, prefix="training")
                 seconds_left = total.seconds / steps * (training.train_iters - progress.iteration)
                 console.line(training_line(record, training.train_iters, seconds_left))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import modelyard
+from modelyard import kernels
 from modelyard.config.adapter import adapter_to_dict, is_adapter_parameter
 from modelyard.config.architecture import Architecture
 from modelyard.config.disk import checkpoint_bytes, export_bytes
@@ -38,6 +39,7 @@ from modelyard.train.allocator import keep_freed_memory
 from modelyard.train.build import (
     adapted_base,
     agreed_base,
+    chosen_kernels,
     compiles,
     compute_device,
     first_weights,
@@ -51,6 +53,7 @@ from modelyard.train.evaluators import Evaluators
 from modelyard.train.events import EventLog
 from modelyard.train.folders import NumberedFolders, folder_bytes, refuse_without_room
 from modelyard.train.health import Health
+from modelyard.train.metrics import peak_memory
 from modelyard.train.optimizer import MOMENTS, Optimizer
 from modelyard.train.phases import PhaseClock
 from modelyard.train.profiling import Profiler
@@ -132,6 +135,7 @@ class Run:
         fill: Fill = _nothing_yet
         with self.world.together():
             compiled = compiles(config, self.device)
+            kernels.choose(chosen_kernels(config))
             if found is not None:
                 checkpoint = Checkpoint(found, verify=False)
             if checkpoint is None or self.saves_adapter_alone:
@@ -143,6 +147,8 @@ class Run:
         """Where the base is that checkpoints do not have, and what tells it from others."""
 
         keep_freed_memory()
+        self.memory_before = peak_memory(self.device)
+        """Bytes, before there was a model."""
         default = config.optimizer.default_learning_rate_scale
         scales = rate_scales(config.model.base_model, architecture, 1.0 if default is None else default)
         self.mesh = alone(self.device) if self.world.is_alone else Mesh(layout, self.device)

@@ -166,7 +166,6 @@ def train_step(
 
     phase("optimizer")
     weights.finish_gradients()
-    gradients = weights.gradients()
     totals = mesh.total(loss, weights.square_norm(), batch.num_targets, notice=notice(), abandon=abandon)
     mean_loss = totals.loss / max(totals.targets, 1)
     divisor = max(totals.targets, 1) * loss_options.gradient_scale
@@ -183,9 +182,7 @@ def train_step(
         skipped = judge(mean_loss, grad_norm)
     if skipped is None:
         clip = min(1.0, max_norm / (grad_norm + 1e-6)) if max_norm > 0 else 1.0
-        if gradients:  # a process may have nothing but frozen layers
-            torch._foreach_mul_(gradients, clip / divisor)
-        optimizer.step(learning_rate)
-        weights.publish()
+        optimizer.step(learning_rate, factor=clip / divisor, copies=weights.copies_of_masters())
+        weights.publish(but=optimizer.published)
     weights.zero_gradients()
     return StepResult(mean_loss, grad_norm, totals.targets, skipped, totals.notice, totals.abandon)

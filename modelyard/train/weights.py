@@ -29,8 +29,11 @@ def set_dtypes(model: nn.Module, compute_dtype: torch.dtype, narrow: Collection[
     for name, parameter in model.named_parameters():
         cast = parameter.detach().to(compute_dtype if name in narrow else wide)
         if cast.dtype != parameter.dtype:
-            # As modules do it: a part of a split tensor has a part's dtype inside, which `.data` would not reach.
-            torch.utils.swap_tensors(parameter, nn.Parameter(cast, requires_grad=parameter.requires_grad))
+            if hasattr(parameter, "to_local"):
+                # As modules do it: a part of a split tensor has a part's dtype inside, which `.data` would not reach.
+                torch.utils.swap_tensors(parameter, nn.Parameter(cast, requires_grad=parameter.requires_grad))
+            else:
+                parameter.data = cast
 
 
 class Weights:
@@ -65,14 +68,19 @@ class Weights:
         for name in names:
             self.compute[name].requires_grad_(False)
 
-    def publish(self) -> None:
-        """Cast the master weights to the compute dtype; the one cast of a step."""
-        if self.master is not self.compute:
+    def copies_of_masters(self) -> dict[str, torch.Tensor]:
+        """What `publish` writes, by name."""
+        if self.master is self.compute:
+            return {}
+        return {name: self.compute[name].detach() for name in self._doubled}
+
+    def publish(self, *, but: Collection[str] = ()) -> None:
+        """Cast the master weights to the compute dtype, `but` those that are cast already; the one cast of a step."""
+        names = set(but)
+        copies = {name: copy for name, copy in self.copies_of_masters().items() if name not in names}
+        if copies:
             with torch.no_grad():
-                torch._foreach_copy_(
-                    [self.compute[name] for name in self._doubled],
-                    [self.master[name] for name in self._doubled],
-                )
+                torch._foreach_copy_(list(copies.values()), [self.master[name] for name in copies])
 
     def before_backward(self, *, last: bool) -> None:
         """Called before each micro-batch; `last` of a step. One process has nothing to wait with."""

@@ -13,6 +13,7 @@ import torch
 
 import modelyard.train.run as run_module
 import modelyard.train.state as state_module
+from modelyard import kernels
 from modelyard.errors import RunFailed, UserError
 from modelyard.train.checkpoint import Checkpoint
 from modelyard.train.phases import PHASES
@@ -333,3 +334,16 @@ def test_an_export_stays_until_its_successor_is_whole(monkeypatch: pytest.Monkey
 
 def _full(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_run_computes_with_the_kernels_that_its_config_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[str] = []
+    monkeypatch.setattr(kernels, "choose", chosen.append)
+    new_run()
+    monkeypatch.setattr(kernels, "obstacle", lambda: None)
+    new_run("training.kernels=triton")
+    assert chosen == ["torch", "triton"]
+    monkeypatch.setattr(kernels, "obstacle", lambda: "a CUDA device, and there is none")
+    with pytest.raises(UserError, match=r"^training\.kernels: triton needs a CUDA device, and there is none"):
+        new_run("training.kernels=triton")
+    assert chosen == ["torch", "triton"]
