@@ -796,3 +796,15 @@ def _broken_adapter(_: ExitStack) -> list[str]:
     tensors["base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"][0, 0] = float("nan")
     save_file(tensors, file)
     return MERGE
+
+
+# Plans
+
+PLANS = "Plans"
+for _name, _words, *_says in (
+    ("plan-gpu", "--gpu h1000", "--gpu h1000: there is no hardware of this name", "did you mean 'h100'"),
+    ("plan-network", "--network 50", "--network 50: not a rate of data; write bytes as 50GB/s, or bits as 400Gb/s"),
+    ("plan-no-layout", "--gpus 3", "batch.batch_size: ", "rows cannot be dealt evenly to 3", "let --search choose a layout"),
+    ("plan-no-room", "--gpu a6000 model.base_model.vocab_size=2000000000", "does not fit: a process needs"),
+):  # fmt: skip
+    _simple(PLANS, _name, f"`{_words}`", ["plan", "train.yaml", *_words.split()], *_says)

@@ -142,7 +142,7 @@ def batch_of(case: Case, rows: int) -> Batch:
     )
 
 
-def seconds_of_steps(case: Case) -> float:
+def seconds_of_steps(case: Case, now: Callable[[], float] = time.perf_counter) -> float:
     """The fastest of a process's steps."""
     workload, device = case.workload, torch.device("cpu")
     warnings.simplefilter("ignore")
@@ -196,24 +196,24 @@ def seconds_of_steps(case: Case) -> float:
     times: list[float] = []
     undisturbed, alone = 0, layout.world == 1
     while len(times) < STEPS or (alone and not undisturbed and len(times) < 4 * STEPS):
-        begin, used = time.perf_counter(), time.process_time()
+        begin, used = now(), time.process_time()
         step()
-        seconds = time.perf_counter() - begin
+        seconds = now() - begin
         times.append(seconds)
-        undisturbed += time.process_time() - used > UNDISTURBED * seconds * torch.get_num_threads()
+        undisturbed += time.process_time() - used >= UNDISTURBED * seconds * torch.get_num_threads()
         if undisturbed and sum(times) > MOST_SECONDS:
             break
     return min(times)
 
 
-def run(case: Case) -> float:
+def run(case: Case, now: Callable[[], float]) -> float:
     """Seconds of the slowest process."""
     if case.workload.layout.world == 1:
-        return seconds_of_steps(case)
+        return seconds_of_steps(case, now)
     return max(run_distributed(seconds_of_steps, case.workload.layout.world, case))
 
 
-def machines(threads: int, worlds: set[int]) -> dict[int, dict[str, Any]]:
+def machines(threads: int, worlds: set[int], now: Callable[[], float]) -> dict[int, dict[str, Any]]:
     """This machine by number of processes: alone, and two that measure at the same time with a thread each."""
 
     def found(figures: dict[str, Any]) -> dict[str, Any]:
@@ -227,12 +227,15 @@ def machines(threads: int, worlds: set[int]) -> dict[int, dict[str, Any]]:
         kept[2] = run_distributed(in_process, 2)[0]
     if 1 in worlds:
         torch.set_num_threads(threads)
-        kept[1] = found(measure())
+        kept[1] = found(measure(now=now))
     return kept
 
 
 def results(
-    machine: dict[int, dict[str, Any]], chosen: list[Case], tell: Callable[[str], None]
+    machine: dict[int, dict[str, Any]],
+    chosen: list[Case],
+    now: Callable[[], float],
+    tell: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Each case predicted, then run."""
     hardware: dict[int, Hardware] = {count: hardware_from(kept) for count, kept in machine.items()}
@@ -242,11 +245,13 @@ def results(
         predictions.append((case, duration_of(case.workload, cluster_of(hardware[world], world))))
     rows = []
     for case, prediction in predictions:
-        measured = run(case)
+        measured = run(case, now)
         shares = sorted(prediction.items.items(), key=lambda item: -item[1])
         rows.append(
             {
                 "case": case.name,
+                "clock": now.__name__ if case.workload.layout.world == 1 else "perf_counter",
+                "threads": torch.get_num_threads() if case.workload.layout.world == 1 else 1,
                 "parameters": case.workload.architecture.parameter_count(),
                 "measured": measured,
                 "predicted": prediction.step,
@@ -269,8 +274,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     for entry in rows:
         most = ", ".join(f"{name} {share:.0%}" for name, share in list(entry["shares"].items())[:4])
         error = f"{entry['error']:+.1%}"
+        own = " (processor's own time)" if entry["clock"] == "process_time" else ""
         cells = (
-            entry["case"],
+            f"{entry['case']}{own}",
             f"{entry['parameters'] / 1e6:.1f} M",
             f"{entry['measured']:.3f}",
             f"{entry['predicted']:.3f}",
@@ -289,12 +295,20 @@ def main() -> None:
     )
     parser.add_argument("--only", metavar="WORD", help="cases whose name has it, the others as they were")
     parser.add_argument("--write-docs", action="store_true", help="put the table into docs/planner.md")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="on a machine that others use: time of the processor's own, for cases of one process with one thread",
+    )
     arguments = parser.parse_args()
+    now = time.process_time if arguments.processor_time else time.perf_counter
+    if arguments.processor_time:
+        torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     every = cases()
     chosen = [case for case in every if arguments.only is None or arguments.only in case.name]
-    machine = machines(torch.get_num_threads(), {case.workload.layout.world for case in chosen})
-    rows = results(machine, chosen, lambda line: print(line, flush=True))
+    machine = machines(torch.get_num_threads(), {case.workload.layout.world for case in chosen}, now)
+    rows = results(machine, chosen, now, lambda line: print(line, flush=True))
     before: dict[str, Any] = {}
     if arguments.only is not None and (RESULTS / f"{NAME}.json").exists():
         before = json.loads((RESULTS / f"{NAME}.json").read_text(encoding="utf-8"))

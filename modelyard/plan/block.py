@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from modelyard.plan.units import Parameter, Unit
+from modelyard.plan.units import Parameter, Unit, parameters_of
 from modelyard.plan.workload import Workload
 
 
@@ -60,6 +60,24 @@ class Block:
         self.table = tokens * shape.head_size * wide if self.rotates else 0
         self.vocabulary = shape.vocab_size // layout.tensor
         self.labels = tokens * 8
+        trained = _trained_modules(workload)
+        self.keeps_first = bool(trained & {"q_proj", "k_proj", "v_proj"})
+        """Whether the first norm's result is kept: a frozen matrix does not ask for what went into it."""
+        self.keeps_second = bool(trained & {"gate_proj", "up_proj"})
+        self.keeps_product = "down_proj" in trained
+        outputs = {
+            "q_proj": self.query,
+            "k_proj": self.key,
+            "v_proj": self.key,
+            "o_proj": self.whole,
+            "gate_proj": self.inner,
+            "up_proj": self.inner,
+            "down_proj": self.whole,
+        }
+        adapter = workload.adapter
+        dora = adapter.modules if adapter is not None and adapter.dora else ()
+        self.unscaled = sum(outputs[module] for module in dora)
+        """What matrices give before DoRA brings it to its length; kept for the gradient of that."""
         self.kept_of_rms = self.inverse if shape.norm_type == "rms_norm" else 2 * self.inverse
 
     # --- embedding --------------------------------------------------------------------------------------------------
@@ -91,9 +109,17 @@ class Block:
         """Between its forward and its backward."""
         if self.mode == "full":
             return self.stream
-        cheap = 2 * self.whole + self.inner if self.mode == "none" else 0
+        cheap = 0
+        if self.mode == "none":
+            cheap = (self.keeps_first + self.keeps_second) * self.whole + self.keeps_product * self.inner
         attention = 2 * self.query + 2 * self.seen + self.log_sums
-        return 2 * (self.stream + self.kept_of_rms) + attention + sum(self._inner_parts[:-1]) + cheap
+        return (
+            2 * (self.stream + self.kept_of_rms)
+            + attention
+            + sum(self._inner_parts[:-1])
+            + cheap
+            + self.unscaled
+        )
 
     @property
     def gradients_of_outputs(self) -> int:
@@ -112,7 +138,7 @@ class Block:
         self._norm(full=full)
         held.take(KEPT, self.query, self.key, self.key)
         self._rotate()
-        if full or selective:
+        if full or selective or not self.keeps_first:
             held.give(KEPT, self.whole)
         self._attend(full=full)
         self._summed()
@@ -120,15 +146,19 @@ class Block:
         held.give(USED, self._sum)
         self._norm(full=full)
         held.take(KEPT, *self._inner_parts)
+        held.take(KEPT, 0 if full else self.unscaled)
         if full:
             held.give(KEPT, *self._inner_parts[:-1])
         if again:
+            held.give(KEPT, *self._not_kept)
             return
         self._summed()
         held.take(KEPT, self.stream)
         held.give(USED, self._sum)
         if selective:
             held.give(KEPT, self.whole, self.inner)
+        elif not full:
+            held.give(KEPT, *self._not_kept)
         elif full:
             # The names of a running block: q, k, v, what attention gave, the stream between, the second norm, the product.
             held.give(
@@ -136,6 +166,11 @@ class Block:
             )
         if not for_backward:
             held.give(KEPT, self.stream)
+
+    @property
+    def _not_kept(self) -> tuple[int, int]:
+        """Of the feed-forward, what frozen matrices do not ask for: what goes into the first ones and into the last."""
+        return 0 if self.keeps_second else self.whole, 0 if self.keeps_product else self.inner
 
     @property
     def _inner_parts(self) -> tuple[int, ...]:
@@ -206,20 +241,21 @@ class Block:
         if self.mode == "full":
             self.forward(again=True)
         gradient = self._gathered_gradient()
+        product = self.inner if self.keeps_product else 0
         if selective:
-            held.take(KEPT, self.inner)
+            held.take(KEPT, product)
         self.made(unit, "down_proj")
         held.take(USED, self.inner)
-        held.give(KEPT, self.inner)
+        held.give(KEPT, product)
         held.give(USED, gradient)
         self._activation_backward()
-        if selective:
+        if selective and self.keeps_second:
             self._norm(full=True)
         gated = self.workload.architecture.gated
         for number, module in enumerate(("up_proj", "gate_proj")[: 2 if gated else 1]):
             self.made(unit, module)
             self._input_gradient(first=number == 0, after=self.inner)
-        held.give(KEPT, self.whole)
+        held.give(KEPT, self.whole if self.keeps_second else 0)
         self._norm_backward(unit, "post_attention_layernorm")
         gradient = self._gathered_gradient()
         self.made(unit, "o_proj")
@@ -227,14 +263,14 @@ class Block:
         held.give(USED, gradient)
         self._attend_backward()
         self._rotate_backward()
-        if selective:
+        if selective and self.keeps_first:
             self._norm(full=True)
         for number, (module, size) in enumerate(
             (("v_proj", self.key), ("k_proj", self.key), ("q_proj", self.query))
         ):
             self.made(unit, module)
             self._input_gradient(first=number == 0, after=size)
-        held.give(KEPT, self.whole)
+        held.give(KEPT, self.whole if self.keeps_first else 0, self.unscaled)
         self._norm_backward(unit, "input_layernorm")
 
     def _gathered_gradient(self) -> int:
@@ -381,6 +417,16 @@ class Block:
     def _briefly(self, *sizes: int) -> None:
         self.held.take(USED, *sizes)
         self.held.give(USED, *sizes)
+
+
+def _trained_modules(workload: Workload) -> set[str]:
+    """Modules of a block of which something is trained."""
+    found = {p.module for p in parameters_of(workload) if p.trained and p.name.startswith("layers.")}
+    if workload.frozen and workload.adapter is None:
+        # Layers may differ; what one has trained is counted for all that a backward goes through.
+        whole = set(workload.architecture.parameter_shapes()) - workload.frozen
+        found |= {name.split(".")[-2] for name in whole if name.startswith("layers.")}
+    return found
 
 
 def keys_seen(workload: Workload) -> int:

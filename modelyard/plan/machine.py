@@ -183,20 +183,20 @@ def known_gpu(torch_name: str, memory: int) -> Hardware | None:
 class _Clock:
     """Seconds of calls on a device, as often as fits the time given."""
 
-    def __init__(self, device: torch.device, seconds: float):
-        self._device, self._seconds = device, seconds
+    def __init__(self, device: torch.device, seconds: float, now: Callable[[], float]):
+        self._device, self._seconds, self._now = device, seconds, now
 
     def __call__(self, function: Callable[[], object], least: int = 3) -> float:
         """The fastest of several calls after the first: what else the machine does only adds to them."""
         function()
         self._wait()
         times: list[float] = []
-        end = time.perf_counter() + self._seconds
-        while len(times) < least or time.perf_counter() < end:
-            begin = time.perf_counter()
+        end = self._now() + self._seconds
+        while len(times) < least or self._now() < end:
+            begin = self._now()
             function()
             self._wait()
-            times.append(time.perf_counter() - begin)
+            times.append(self._now() - begin)
         return min(times)
 
     def _wait(self) -> None:
@@ -204,14 +204,17 @@ class _Clock:
             torch.cuda.synchronize()
 
 
-def measure(sizes: Sizes | None = None) -> dict[str, Any]:
-    """Every figure of this machine: of its GPU where there is one, else of its processor with torch's threads."""
+def measure(sizes: Sizes | None = None, *, now: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
+    """Every figure of this machine: of its GPU where there is one, else of its processor with torch's threads.
+
+    `now`: what tells the time [seconds]; on a machine that others use `time.process_time` does, for one thread.
+    """
     is_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if is_gpu else "cpu")
     sizes = sizes or (GPU_SIZES if is_gpu else CPU_SIZES)
     if not is_gpu:
         keep_freed_memory()  # as a run does it
-    clock = _Clock(device, sizes.seconds)
+    clock = _Clock(device, sizes.seconds, now)
     with _quietly():
         rates: dict[str, Any] = {
             "products": {dtype: _products(clock, sizes, dtype, device) for dtype in sizes.dtypes},

@@ -149,6 +149,8 @@ class _Replay:
         held, units = self.held, [unit for stage in self.stages for unit in stage]
         held.take("master weights", *(unit.kept(self.parts) for unit in units))
         held.take("optimizer state", *(self.moments(unit) for unit in units))
+        if (twin := self._second_copy()) is not None:  # a second copy of a matrix has no moments of its own
+            held.give("optimizer state", self.moments(twin))
         if not self.is_sharded and self.is_mixed:
             held.take("weights to compute with", *(self._copy(unit) for unit in units))
         if self.workload.layout.pipeline > 1:
@@ -171,6 +173,17 @@ class _Replay:
             2 * (count * width if count < LEAST_NARROW else count + width * -(-count // 256))
             for count, width in counts
         )
+
+    def _second_copy(self) -> Unit | None:
+        """Of tied embeddings, where this process has both the first stage and the last."""
+        copies = [
+            p
+            for stage in self.stages
+            for unit in stage
+            for p in unit.parameters
+            if p.module == "embed_tokens"
+        ]
+        return Unit("second copy", tuple(copies[1:])) if len(copies) > 1 else None
 
     def _in_optimizer(self, units: list[Unit]) -> int:
         """Moments of 8 bits are made wide for the update, a piece at a time."""
@@ -234,6 +247,11 @@ class _Replay:
                     self.block.last_norm()
                 continue
             held.phase = "backward"
+            if kind != "backward" and layout.zero_stage == 3:
+                for unit in units:  # a split backward gathers its stage as a whole
+                    self._gather(unit)
+                held.give("communication", self.flat)
+                self.flat = 0
             if kind == "weights":
                 remaining[stage] -= 1
                 self._weights(units, put_off.pop((stage, number)), is_last=remaining[stage] == 0)
@@ -254,6 +272,9 @@ class _Replay:
                 held.give("activations", self.block.stream)
             if kind == "inputs":
                 put_off[stage, number] = kept
+                if layout.zero_stage == 3:
+                    for unit in units[:-1]:
+                        self._reshard(unit)
             self._puts_off = False
 
     def _weights(self, units: list[Unit], kept: int, *, is_last: bool) -> None:

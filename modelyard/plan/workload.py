@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from modelyard.config.adapter import Adapter
 from modelyard.config.architecture import Architecture
 from modelyard.config.layout import Layout, Recompute, layout_of, splits_backward
-from modelyard.config.peft import adapter_of
-from modelyard.config.scales import rate_scales
-from modelyard.config.train import TrainConfig
 from modelyard.parallel.stages import split_layers, stages_of
+
+if TYPE_CHECKING:  # the formulas need no pydantic
+    from modelyard.config.train import TrainConfig
 
 WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a number."""
@@ -94,6 +94,9 @@ def workload_of(
     `on_gpu`: what is decided by the device, as `training.compile: auto` is. Where documents do not see each other,
     `document_length` is their mean length in tokens; None takes a row for one document, which is the most work.
     """
+    from modelyard.config.peft import adapter_of
+    from modelyard.config.scales import rate_scales
+
     layout = layout_of(config, world)
     multi_stage = config.model.multi_stage
     default = config.optimizer.default_learning_rate_scale

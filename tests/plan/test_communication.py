@@ -121,14 +121,12 @@ ODD = replace(SHAPE, norm_type="layer_norm", gated=False, activation="gelu", out
 @pytest.mark.parametrize(
     ("work", "ranks"),
     [
-        pytest.param(
-            workload(Layout(replicate=2, shard=3, zero_stage=3), batch_rows=12), (0, 5), id="uneven"
-        ),
+        pytest.param(workload(Layout(replicate=2, shard=3, zero_stage=3), batch_rows=6), (0, 5), id="uneven"),
         pytest.param(
             workload(Layout(shard=2, zero_stage=3), frozen=HALF, batch_rows=4), (0,), id="frozen half"
         ),
         pytest.param(
-            workload(Layout(context=2, tensor=2, sequence_parallel=True), recompute="full", batch_rows=2),
+            workload(Layout(context=2, tensor=2, sequence_parallel=True), recompute="full", batch_rows=1),
             (3,),
             id="recompute",
         ),
@@ -143,13 +141,16 @@ ODD = replace(SHAPE, norm_type="layer_norm", gated=False, activation="gelu", out
             id="layer norms, biases",
         ),
         pytest.param(
-            workload(Layout(shard=2, tensor=2), adapter=DORA, frozen=NAMES, recompute="full", batch_rows=4),
+            workload(Layout(shard=2, tensor=2), adapter=DORA, frozen=NAMES, recompute="full", batch_rows=2),
             (0,),
             id="DoRA",
         ),
         pytest.param(
-            workload(Layout(shard=2, pipeline=2, zero_stage=3, schedule="zero_bubble", stages_per_process=2)),
-            (0, 1),
+            workload(
+                Layout(shard=2, pipeline=2, zero_stage=2, schedule="zero_bubble", stages_per_process=2),
+                batch_rows=4,
+            ),
+            (1,),
             id="zero bubble",
         ),
     ],
