@@ -19,6 +19,7 @@ from modelyard.data.batch import Batch
 from modelyard.model.adapter import adapt, is_quantized_part
 from modelyard.model.compile import compile_blocks
 from modelyard.model.decoder import Decoder
+from modelyard.model.fp8 import Scaling, use_fp8
 from modelyard.model.offload import offload_on
 from modelyard.model.recompute import recompute_blocks
 from modelyard.parallel.context import apply_context, split
@@ -97,10 +98,12 @@ def parallelize(
     fill: Fill,
     frozen: frozenset[str] = frozenset(),
     adapter: Adapter | None = None,
+    fp8: Scaling | None = None,
 ) -> Parallel:
     """Build the model in its layout, `fill` each part's parameters (masters, in fp32 or fp64), freeze those named.
 
-    With an `adapter` that alone is trained, what is frozen has no masters: it is filled in the compute dtype.
+    With an `adapter` that alone is trained, what is frozen has no masters: it is filled in the compute dtype. `fp8`: how the
+    blocks' products are scaled into fp8; None: they are in the compute dtype. Not both.
     """
     layout = mesh.layout
     offload = offload_on(mesh.device) if offload_activations else None
@@ -110,6 +113,8 @@ def parallelize(
     for model in models:
         if adapter is not None:
             adapt(model, adapter, compute_dtype)
+        if fp8 is not None:
+            use_fp8(model, fp8)
         apply_tensor(model, mesh)
         apply_context(model, mesh)
         recompute_blocks(model, recompute, offload)

@@ -10,6 +10,7 @@ from modelyard.config.architecture import Architecture
 from modelyard.config.layout import Layout
 
 
+@lru_cache(maxsize=64)
 def layer_costs(architecture: Architecture, sequence_length: int) -> tuple[list[int], int]:
     """FLOPs per token, forward and backward, of every layer and of the head, at full rows of one document."""
 

@@ -41,6 +41,7 @@ from modelyard.loss.vocabulary import find
 from modelyard.model.adapter import AdaptedLinear
 from modelyard.model.cache import KeyValueCache
 from modelyard.model.decoder import Decoder, LayerNorm, RMSNorm, local
+from modelyard.model.fp8 import Fp8Linear
 from modelyard.parallel.collectives import copy_to_all, gather_tokens, group_of, scatter_sum, sum_of_all
 from modelyard.parallel.cuts import BY_COLUMNS, BY_ROWS, cut_along
 from modelyard.parallel.mesh import Mesh
@@ -174,6 +175,15 @@ class _AdaptedByColumns(AdaptedLinear):
         return self.stream.place * features
 
 
+class _Fp8ByColumns(Fp8Linear):
+    stream: _Stream
+
+    def forward(self, x: Tensor) -> Tensor:
+        """This process's features x [tokens, in / P] -> [tokens of the stream, out]. Scales are those of what is here."""
+        total = self.stream.summed(self.product(x))
+        return total if self.bias is None else total + local(self.bias)
+
+
 class _WordEmbedding(nn.Embedding):
     stream: _Stream
 
@@ -217,6 +227,8 @@ def _kind_of(name: str, module: nn.Module) -> type[nn.Module] | None:
         module, AdaptedLinear
     ):  # by rows nothing is exchanged, and it takes its parameters as they are here
         return _AdaptedByColumns if name.rpartition(".")[2] in BY_COLUMNS else AdaptedLinear
+    if isinstance(module, Fp8Linear):
+        return _Fp8ByColumns if name.rpartition(".")[2] in BY_COLUMNS else Fp8Linear
     kinds: dict[str, type[nn.Module]] = {
         **dict.fromkeys(BY_ROWS, _ByRows),
         **dict.fromkeys(BY_COLUMNS, _ByColumns),

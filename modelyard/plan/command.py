@@ -37,6 +37,8 @@ TO_HOST = 25e9
 """Bytes/s from a GPU to its host's memory: PCIe 4, pinned."""
 MOST_GPUS = 1 << 17
 
+NOT_MODELLED = "is planned as bf16: what it saves and costs is not modelled"
+
 Rows = list[tuple[str, str]]
 
 
@@ -136,7 +138,7 @@ def report(
         ("on", table(_cluster_rows(cluster))),
         ("layout", table(layout)),
         (_memory_title(workload, place), table(_memory_rows(workload, place, memory, room))),
-        ("a step", table(_duration_rows(workload, duration))),
+        ("a step", table(_duration_rows(workload, duration) + _fp8_rows(config))),
         ("messages of a process in a step", table(_message_rows(workload, cluster, place))),
         ("the run", table(_run_rows(config, workload, cluster, duration, storage))),
     ]
@@ -216,6 +218,10 @@ def _duration_rows(workload: Workload, duration: Duration) -> Rows:
             )
         )
     return rows
+
+
+def _fp8_rows(config: TrainConfig) -> Rows:
+    return [] if config.training.fp8 == "none" else [("fp8", f"{config.training.fp8} {NOT_MODELLED}")]
 
 
 def _message_rows(workload: Workload, cluster: Cluster, place: int) -> Rows:
@@ -397,6 +403,8 @@ def _print_search(options: argparse.Namespace, loaded: Loaded, cluster: Cluster)
         return 0
     print(f"the best of {tried:,} layouts of {cluster.gpus:,} x {cluster.hardware.title}\n")
     print(indented(_search_table(found)))
+    if loaded.train.training.fp8 != "none":
+        print(f"\ntraining.fp8: {loaded.train.training.fp8} {NOT_MODELLED}")
     print(f"\nto paste, for the first:\n{indented(lines_to_paste(found[0]))}")
     return 0
 

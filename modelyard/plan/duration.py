@@ -11,8 +11,8 @@ The rules, all of them pure arithmetic:
 - Exchanges of tensor and context parallelism, and messages between stages, are waited for: so this program, and torch's
   schedules, have it. Weights are gathered and gradients reduced while something else is computed; what does not fit there
   counts, and so do the first gather and the last reduction.
-- The bubble: while the slowest process has work, the others' share of filling and draining: (p - 1) / v of a micro-batch
-  where all are equal (arXiv 2104.04473); with a split backward what the weights' part does not fill (arXiv 2401.10241).
+- The bubble: the schedule is played through (`modelyard.plan.bubble`); where all stages are equal that is (p - 1) / v of a
+  micro-batch (arXiv 2104.04473), of fewer micro-batches than processes more.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from math import prod
 
 from modelyard.config.adapter import matmul_flops_per_token
 from modelyard.config.layout import DIMENSIONS, Layout
+from modelyard.parallel.stages import layer_costs, process_of
+from modelyard.plan.bubble import StageTime, enough_micro_batches, makespan
 from modelyard.plan.communication import Term, communication_of
 from modelyard.plan.hardware import Cluster
 from modelyard.plan.parts import Part, parts_of
@@ -118,9 +120,10 @@ def duration_of(workload: Workload, cluster: Cluster, program: Program = OURS) -
     times: dict[int, _Times] = {}
     for alike in _alike_places(workload):
         times |= dict.fromkeys(alike, _times_of(workload, cluster, program, alike[0]))
-    pace = max(times.values(), key=lambda time: time.turn * workload.micro_batches + time.once)
+    slowest = max(times, key=lambda place: times[place].turn * workload.micro_batches + times[place].once)
+    pace = times[slowest]
     items = dict(pace.items)
-    if bubble := _bubble(workload, pace, list(times.values())):
+    if bubble := _bubble(workload, slowest, times):
         items["bubble"] = bubble
     sequence = workload.sequence_length
     shape, tokens = workload.architecture, workload.step_tokens
@@ -153,6 +156,8 @@ class _Times:
     """Seconds a step, without the bubble."""
     turn: float
     """Seconds of one micro-batch, forward and backward, with what is waited for."""
+    forward: float
+    """Of `turn`."""
     weights: float
     """Of `turn`, what a split backward can put off."""
     once: float
@@ -188,10 +193,12 @@ def _times_of(workload: Workload, cluster: Cluster, program: Program, place: int
             once += seconds
             continue
         calls += part.times * part.calls
-        phases[part.phase] += seconds
+        # In a pipeline the loss, and with it the head, is computed when its backward begins.
+        in_backward = workload.layout.pipeline > 1 and part.name in ("head", "loss")
+        phases["backward" if in_backward else part.phase] += seconds
         if part.kind in ("matmul", "attention"):
             executed += part.all_flops
-        if part.direction == "weight gradient":
+        if part.direction == "weight gradient" and part.name != "head":
             weights += seconds
     host = calls * hardware.rates.dispatch - sum(phases.values()) if hardware.is_gpu else 0.0
     if host > 0:  # the device waits for the host to tell it what to do
@@ -215,6 +222,7 @@ def _times_of(workload: Workload, cluster: Cluster, program: Program, place: int
     return _Times(
         dict(items),
         turn=sum(phases.values()) + waited / count,
+        forward=phases["forward"] + waited / count / 2,
         weights=weights,
         once=once + sum(exposed.values()) - waited,
         hidden=sum(wire.values()) - sum(exposed.values()),
@@ -361,14 +369,23 @@ def _beside(
 # --- the pipeline -----------------------------------------------------------------------------------------------
 
 
-def _bubble(workload: Workload, pace: _Times, places: list[_Times]) -> float:
-    """Seconds of the slowest process's step in which it has nothing to do."""
+def _bubble(workload: Workload, pace: int, times: Mapping[int, _Times]) -> float:
+    """Seconds of a step in which the slowest process, at `pace`, has nothing to do."""
     layout = workload.layout
     if layout.pipeline == 1:
         return 0.0
-    others = sum(time.turn for time in places) - pace.turn
-    if layout.schedule in ("zero_bubble", "zbv"):
-        # The weights' part of the backward is put where there would be nothing; `zbv` keeps more of it back.
-        saved = 2 if layout.schedule == "zero_bubble" else 3
-        others = max(0.0, others - saved * sum(time.weights for time in places if time is not pace))
-    return others / layout.stages_per_process
+    costs, head = layer_costs(workload.architecture, workload.sequence_length)
+    last = layout.stages - 1
+    works = [
+        sum(costs[layer] for layer in layers) + (head if stage == last else 0)
+        for stage, layers in enumerate(workload.stage_layers)
+    ]
+    stages = []
+    for stage, work in enumerate(works):
+        place = process_of(stage, layout)
+        time = times[place]
+        share = work / sum(works[other] for other in workload.stages_at(place))
+        inputs = max(time.turn - time.forward - time.weights, 0.0)
+        stages.append(StageTime(share * time.forward, share * inputs, share * time.weights))
+    count = enough_micro_batches(layout, workload.micro_batches)
+    return max(0.0, makespan(layout, count, stages) - count * times[pace].turn)

@@ -13,8 +13,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from modelyard.errors import UserError, did_you_mean
 from modelyard.plan.rates import Datasheet, Rates
 
@@ -105,6 +103,8 @@ def load_hardware(name: str) -> Hardware:
         known = ", ".join([*names, THIS_MACHINE])
         hint = did_you_mean(key, [*names, THIS_MACHINE])
         raise UserError(f"--gpu {name}: there is no hardware of this name (there is: {known}){hint}")
+    import yaml  # the formulas are there without it
+
     values = yaml.safe_load((FOLDER / f"{key}.yaml").read_text(encoding="utf-8"))
     peaks = {dtype: float(figure["value"]) for dtype, figure in values["peak"].items()}
     bandwidth, processors = parse_rate(values["bandwidth"]["value"]), int(values["processors"]["value"])
@@ -153,6 +153,8 @@ def _sources(values: Mapping[str, Any]) -> dict[str, str]:
 
 def attainable(generation: str) -> tuple[dict[str, float], dict[str, str]]:
     """What a generation of GPUs reaches: figures and their sources, by name (`matmul`, `latency.base`)."""
+    import yaml
+
     figures: dict[str, float] = {}
     sources: dict[str, str] = {}
     for name, entry in yaml.safe_load(ATTAINABLE.read_text(encoding="utf-8")).items():

@@ -259,13 +259,14 @@ def why_slower(found: Found, first: Found) -> str:
     slower = found.duration.step / first.duration.step - 1
     if slower < 0.0005:
         return "as fast, and splits more"
-    largest = sorted(more, key=lambda name: -more[name])[:2]
+    largest = sorted(more, key=lambda name: -more[name])
+    worth_saying = 0.005 * first.duration.step
     parts = [
-        f"{name} +{more[name] / first.duration.step:.1%}"
-        for name in largest
-        if more[name] > 0.1 * slower * first.duration.step
+        f"{name} {more[name] / first.duration.step:+.1%}"
+        for name in dict.fromkeys([*largest[:2], largest[-1]])
+        if abs(more[name]) > worth_saying
     ]
-    return f"{slower:+.1%}: {', '.join(parts)}"
+    return f"{slower:+.1%}: {', '.join(parts) or 'a little of everything'}"
 
 
 def in_short(found: Found) -> str:

@@ -318,14 +318,13 @@ def test_the_bubble(say: Say, schedule: Any, each: int) -> None:
     layout = Layout(pipeline=2, schedule=schedule, stages_per_process=each)
     work = workload(layout)
     found = duration_of(work, cluster(2))
-    times = [flops_of(work, place) / 1e3 for place in (0, 1)]
-    slow, other = max(times), min(times)
-    place = times.index(other)
-    weights = [part.all_flops for part in parts_of(work, place) if part.direction == "weight gradient"]
-    saved = {"zero_bubble": 2, "zbv": 3}.get(schedule, 0) * sum(weights) / 1e3
-    expected = max(0.0, other - saved) / each
-    assert found.items.get("bubble", 0.0) == pytest.approx(expected)
-    assert found.step == pytest.approx(8 * slow + expected)
+    slow, other = sorted((flops_of(work, place) / 1e3 for place in (0, 1)), reverse=True)
+    bubble = found.items.get("bubble", 0.0)
+    assert found.step == pytest.approx(8 * slow + bubble)
+    if schedule in ("gpipe", "1f1b"):  # what the other one does before and after
+        assert bubble == pytest.approx(other)
+    else:  # between a half and none of that, for two stages each
+        assert 0 < bubble < 0.75 * other
 
 
 def test_the_bubble_of_equal_stages_is_the_papers(say: Say) -> None:
