@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import gcd
 from typing import TYPE_CHECKING, Literal, cast
 
+from modelyard.config.fp8 import fp8_problems
 from modelyard.errors import UserError
 
 if TYPE_CHECKING:  # the train step knows layouts, and no pydantic
@@ -140,7 +141,7 @@ def shape_problems(config: TrainConfig, architecture: Architecture | None) -> li
     problems = [*_row_problems(config), *_schedule_problems(config), *_offload_problems(config)]
     if architecture is not None:
         problems += [*_tensor_problems(config, architecture), *_layer_problems(config, architecture)]
-    return problems
+    return problems + fp8_problems(config, architecture)
 
 
 def _tensor_problems(config: TrainConfig, architecture: Architecture) -> Iterator[Problem]:

@@ -316,6 +316,10 @@ class TrainingConfig(Section):
     """What computes norms, rotations, activations, the loss's softmax and AdamW on a GPU: torch, or this program's kernels in
     Triton (docs/kernels.md), which agree with torch to rounding. With `compile` they are operators of the compiled blocks.
     auto: torch, until the kernels have been measured on a GPU. triton needs a CUDA device and the package triton."""
+    fp8: Literal["none", "tensorwise", "rowwise"] = "none"
+    """How the matrix products of the blocks are scaled into fp8, in training (docs/fp8.md): by one scale a tensor, or by one
+    for each row. none: they are computed in training_dtype. Needs training_dtype: bfloat16, and sizes that are multiples of
+    16; on a GPU compute capability 8.9. On a CPU it is emulated: slower, the same rounding."""
     max_skipped_steps: int = Field(default=10, gt=0)
     """Consecutive steps skipped, for a loss or gradient that is not finite or a spike, before the run stops, in iterations."""
 

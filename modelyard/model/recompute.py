@@ -137,7 +137,11 @@ def _selective_once_compiled(stretch: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _keep_products(_: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
-    is_kept = operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    is_kept = operation in (
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten._scaled_mm.default,
+    )
     # A layout that splits matrices sums what they give over processes, by operators of its own: not twice. What its norms
     # gathered is gathered again, as eagerly.
     is_kept |= operation.name() in ("modelyard::all_reduce", "modelyard::reduce_scatter")

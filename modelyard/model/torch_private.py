@@ -43,3 +43,13 @@ def varlen_attention(
     window_size = (-1 if window is None else window - 1, 0)
     out: Any = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=window_size, **options)
     return out
+
+
+def scaled_mm(
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype, *, fast: bool
+) -> Tensor:
+    """`torch._scaled_mm`: a [m, k] (row by row) times b [k, n] (column by column), both in fp8, times the scales -> [m, n].
+
+    `fast` allows sums of fewer bits on a GPU. The public torch.nn.functional.scaled_mm takes more than this to say the same.
+    """
+    return torch._scaled_mm(a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype, use_fast_accum=fast)

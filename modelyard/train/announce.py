@@ -43,6 +43,9 @@ def announce(run: Run, remarks: list[str]) -> None:
         )
     if chosen_kernels(config) == "triton":
         console.line("computed with kernels in Triton where there are any (training.kernels)")
+    if config.training.fp8 != "none":
+        how = "" if run.device.type == "cuda" else ", emulated: slower here than without"
+        console.line(f"the blocks' products are in fp8, scaled {config.training.fp8}{how}")
 
 
 def say_start(run: Run) -> None:

@@ -20,6 +20,7 @@ from modelyard.errors import UserError
 from modelyard.model.adapter import AdaptedWeights
 from modelyard.model.decoder import Decoder
 from modelyard.model.formats import WeightSource, fit_problems, load_weights
+from modelyard.model.fp8 import Scaling, obstacle
 from modelyard.model.init import DrawnWeights, InitStd
 from modelyard.parallel.apply import Fill, Write
 from modelyard.parallel.rank import local_rank
@@ -65,6 +66,16 @@ def chosen_kernels(config: TrainConfig) -> kernels.Choice:
                 "training.kernels: triton computes in float32, and model.distributed.training_dtype is float64; "
                 "write kernels: auto"
             )
+    return wanted
+
+
+def fp8_scaling(config: TrainConfig, device: torch.device) -> Scaling | None:
+    """How the blocks' products are scaled into fp8, None where they are not; raises UserError where this machine cannot."""
+    wanted = config.training.fp8
+    if wanted == "none":
+        return None
+    if problem := obstacle(device):
+        raise UserError(f"training.fp8: {wanted} needs {problem}; write fp8: none")
     return wanted
 
 

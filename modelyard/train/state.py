@@ -43,6 +43,7 @@ from modelyard.train.build import (
     compiles,
     compute_device,
     first_weights,
+    fp8_scaling,
     loss_options,
     open_stream,
     tokenizer_folder,
@@ -136,6 +137,7 @@ class Run:
         with self.world.together():
             compiled = compiles(config, self.device)
             kernels.choose(chosen_kernels(config))
+            fp8 = fp8_scaling(config, self.device)
             if found is not None:
                 checkpoint = Checkpoint(found, verify=False)
             if checkpoint is None or self.saves_adapter_alone:
@@ -163,6 +165,7 @@ class Run:
             fill=fill,
             frozen=frozenset(name for name, scale in scales.items() if scale == 0),
             adapter=self.adapter,
+            fp8=fp8,
         )
         self.model, self.weights = self.parallel.model, self.parallel.weights
         optimizer = config.optimizer
