@@ -69,7 +69,7 @@ def least_memory(workload: Workload) -> int:
     """What the first process holds at any rate, without a replay: weights, optimizer state, the blocks' activations."""
     replay, layout = _Replay(workload, 0), workload.layout
     units = [unit for stage in replay.stages for unit in stage]
-    held = sum(unit.kept(replay.parts) + replay.moments(unit) for unit in units)
+    held = sum(unit.kept(replay.parts) + replay.moments(unit) for unit in units) * (not layout.offload)
     if replay.is_sharded and layout.zero_stage < 3:
         held += sum(unit.gathered(replay.parts) for unit in units)
     blocks = min(len(workload.stage_layers[stage]) for stage in workload.stages_at(0))
@@ -78,7 +78,8 @@ def least_memory(workload: Workload) -> int:
             layout.schedule, layout.pipeline, layout.stages_per_process, 0, workload.micro_batches
         )
     first = replay.first_trained(replay.stages[0][:-1], is_first=True)
-    return held if first else held + blocks * replay.block.kept
+    away = first or workload.offload_activations
+    return held if away else held + blocks * replay.block.kept
 
 
 def _worth_asking(workload: Workload) -> list[int]:
@@ -147,14 +148,19 @@ class _Replay:
 
     def run(self) -> Memory:
         held, units = self.held, [unit for stage in self.stages for unit in stage]
-        held.take("master weights", *(unit.kept(self.parts) for unit in units))
-        held.take("optimizer state", *(self.moments(unit) for unit in units))
-        if (twin := self._second_copy()) is not None:  # a second copy of a matrix has no moments of its own
-            held.give("optimizer state", self.moments(twin))
+        if not self.workload.layout.offload:  # else the host has them
+            held.take("master weights", *(unit.kept(self.parts) for unit in units))
+            held.take("optimizer state", *(self.moments(unit) for unit in units))
+            if (
+                twin := self._second_copy()
+            ) is not None:  # a second copy of a matrix has no moments of its own
+                held.give("optimizer state", self.moments(twin))
         if not self.is_sharded and self.is_mixed:
             held.take("weights to compute with", *(self._copy(unit) for unit in units))
         if self.workload.layout.pipeline > 1:
             held.take("communication", self._messages())
+        if self.workload.offload_activations and self.workload.on_gpu:
+            held.take("working space", 2 * self.block.stream)  # the input in use and the one that comes next
         at_rest = held.total
         if self.workload.layout.pipeline == 1:
             self._micro_batches()
@@ -305,6 +311,7 @@ class _Replay:
                 block.begin(embeds=is_first)
             if unit.name != "embedding":
                 block.forward(for_backward=unit in inner[self.first_trained(inner, is_first) :])
+                held.give("activations", self._sent_away(unit))
             if self.is_sharded and self.workload.layout.zero_stage == 3:
                 self._reshard(unit)
         held.give("communication", self.flat)
@@ -321,6 +328,7 @@ class _Replay:
             self._gather_again(unit, ahead=inner[number - 1] if number else None)
             if unit.name == "embedding":
                 continue
+            held.take("activations", self._sent_away(unit))
             before = held.now["activations"]
             block.backward(unit)
             if self._puts_off:
@@ -344,6 +352,13 @@ class _Replay:
             held.give("communication", self.sent)
             self.sent = 0
         return 0
+
+    def _sent_away(self, unit: Unit) -> int:
+        """Bytes of a block's input that are in the host's memory until the backward (`modelyard.model.offload`): of all but the
+        last block, whose backward comes next."""
+        last = f"layers.{self.workload.architecture.num_layers - 1}"
+        is_away = self.workload.offload_activations and self.workload.on_gpu and unit.name != last
+        return self.block.stream if is_away else 0
 
     def first_trained(self, inner: list[Unit], is_first: bool) -> int:
         """The first of a stage's units that a backward goes to: all of them, but that of the first stage ends where nothing
@@ -445,7 +460,9 @@ class _Replay:
         self.sent = sent
         held.give("gradients", narrow)
         held.take("gradients", sent // self.parts)
-        if unit.name in self.summed:
+        if (
+            unit.name in self.summed or self.workload.layout.offload
+        ):  # added to what is there, here or on the host
             held.give("gradients", sent // self.parts)
         self.summed.add(unit.name)
 

@@ -124,3 +124,11 @@ def test_search(capsys: pytest.CaptureFixture[str]) -> None:
     assert " 1  16 processes = " in text
     assert "10  16 processes = " in text
     assert "to paste, for the first:\n  batch:\n    micro_batch_size: " in text
+
+
+def test_fp8_is_said_not_to_be_modelled(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [EXAMPLE, "training.fp8=rowwise", "--gpus", "32"]
+    assert plan(*words) == 0
+    assert "rowwise is planned as bf16" in capsys.readouterr().out
+    assert plan(*words[:1], "--gpus", "32") == 0
+    assert "fp8" not in capsys.readouterr().out

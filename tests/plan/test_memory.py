@@ -127,3 +127,16 @@ def test_most_on_the_way() -> None:
     assert most_on_the_way("zero_bubble", 2, 2, 0, 4) == max(
         accumulate(steps[action.kind] for action in order(layout, 0, 4))
     )
+
+
+def test_what_the_host_has() -> None:
+    """Masters, moments and reduced gradients with `cpu_offload`; with offloaded activations all block inputs but three."""
+    work = workload(Layout(shard=2, zero_stage=3), replace(LLAMA, num_layers=16), recompute="full")
+    plain, offloaded = memory_of(work), memory_of(replace(work, layout=replace(work.layout, offload=True)))
+    kept = plain.at_peak["master weights"] + plain.at_peak["optimizer state"]
+    assert plain.at_rest == kept
+    assert offloaded.at_rest == 0
+    assert plain.peak - offloaded.peak >= kept
+    away = memory_of(replace(work, offload_activations=True))
+    stream = 1024 * 128 * 2
+    assert plain.at_peak["activations"] - away.at_peak["activations"] == 15 * stream
