@@ -48,9 +48,9 @@ faults: $(READY)
 	$(BIN)/python benchmarks/faults.py --write-docs
 	$(BIN)/python benchmarks/bad_input.py --write-docs
 
-# Runs with the python that is there: no virtual environment, no network, torch >= 2.11 alone.
+# Runs with the python that is there: no virtual environment, no network, torch >= 2.11 alone. The core; PART=1 to 4: the rest.
 gpu:
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) benchmarks/gpu.py $(if $(PART),--part $(PART))
 
 # Full, LoRA and QLoRA of three shapes, and the longest sequences that fit; about half an hour.
 gpu-finetune:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,20 @@ import torch
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def write_result(name: str, values: dict[str, Any]) -> Path:
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_result(name: str, values: dict[str, Any], *, folder: Path = RESULTS) -> Path:
     """Write `benchmarks/results/<name>.json` with the versions and the date beside the values."""
-    path = RESULTS / f"{name}.json"
+    path = folder / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     device = (
         torch.cuda.get_device_name()

@@ -1,24 +1,31 @@
-"""Every test and benchmark that wants a GPU, as one script: torch >= 2.11 is all it needs, no network.
+"""Every test and benchmark that wants a GPU: torch >= 2.11 is all it needs, no network, no pydantic.
 
-    python benchmarks/gpu.py            on a CUDA machine; under 9 minutes; writes benchmarks/results/gpu.json
-    python benchmarks/gpu.py --cpu      the same code at toy sizes on the CPU, to see that the script works
+    python benchmarks/gpu.py                what must hold, the chip's own rates, and a core of ten cells; under 9 minutes
+    python benchmarks/gpu.py --part 1       other shapes; 2: longer rows, whole and packed; 3: all layers of large models, the
+                                            longest rows; 4: fp8, the peers' other forms; each under 9 minutes
+    python benchmarks/gpu.py --list         the cells of all parts, what is measured already, and what the planner says
+    python benchmarks/gpu.py --cpu          the same code at toy sizes on the CPU, to see that the script works
 
-Equality: attention (flash, variable length) against the dense reference; cross-entropy fused against plain; a bf16
-run against fp32; compiled blocks against eager ones; adapters over a base in fp32 and in NF4 against the CPU; two runs from one seed. A short real run: this interpreter's
-standard library, byte by byte. Speed: a whole bf16 training step of the 1B and 8B shapes (fewer layers, so that
-optimizer state fits), eager and compiled, as MFU in both conventions, beside the device's own matrix multiply.
+A cell is a model, a batch and a program: ours eager, compiled, with the kernels in Triton, with both; transformers' model in a
+compiled loop, with Liger's kernels where they are installed. Each has a process and a limit of time of its own; what fails is a row
+with the reason. First the equality of every kernel and of whatever else is faster than its twin (benchmarks/gpu_checks.py). A cell
+whose first loss or gradient norm differs from the other programs' says so.
+
+All results are in one file, benchmarks/results/GPU-DATE.json, written after each cell: what is stopped goes on where it was, and
+parts add to it. `--again` measures anew, `--fresh` begins another file. `--write-docs` puts the table into docs/performance.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
+import json
+import os
+import re
+import subprocess
 import sys
-import sysconfig
 import time
-import traceback
-from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -26,314 +33,305 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import write_result
-from benchmarks.contenders import Case
-from benchmarks.floor import matmul_peak
-from modelyard.config.adapter import MODULES, Adapter, Quantization
-from modelyard.config.architecture import Architecture, Rotary
-from modelyard.data.batch import Batch
-from modelyard.loss.cross_entropy import linear_cross_entropy
-from modelyard.model.adapter import AdaptedWeights, is_quantized_part
-from modelyard.model.attention import attend
-from modelyard.model.compile import compile_blocks
-from modelyard.model.decoder import Decoder
-from modelyard.model.dropout import token_numbers
-from modelyard.model.init import DrawnWeights, InitStd, initialize
-from modelyard.parallel.apply import parallelize
-from modelyard.parallel.mesh import alone
-from modelyard.train.metrics import peak_flops, utilization
-from modelyard.train.optimizer import Optimizer
-from modelyard.train.scores import Evaluation, score_sums
-from modelyard.train.step import LossOptions, train_step
-from modelyard.train.weights import Weights
+from benchmarks.common import RESULTS, put_into, versions_of, write_result
+from benchmarks.gpu_cells import CHECKS, CHIP, FP8, LIMIT, PARTS, Cell, layers_of, planned
+from benchmarks.gpu_checks import CHECKS as EVERY_CHECK
+from benchmarks.gpu_checks import outcome_of
+from benchmarks.gpu_programs import chip_rates, measure
 
-LLAMA3 = Rotary("llama3", 500_000.0)
-TINY = Architecture(512, 64, 2, 4, 2, 16, 128, rotary=LLAMA3)
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+TOLERANCE, TOLERANCE_OF_FP8 = 2e-2, 1e-1
+"""Relative, of the first step's loss and gradient norm."""
+ANSWER = "answer: "
+PACKAGES = ("transformers", "liger_kernel", "triton")
+TOO_LONG = "stopped: no time left"
+REHEARSED = 16 << 30
+"""Bytes of the GPU of a rehearsal."""
 
 
-def worst(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest difference over the largest value of the reference."""
-    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+def memory_of_gpu(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else REHEARSED
 
 
-def check_attention(device: torch.device) -> str:
-    """Flash attention over documents against the dense reference: output and gradients."""
-    lengths = [1, 7, 64, 129, 300]
-    cu = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
-    tokens, longest = sum(lengths), max(lengths)
-    worst_of_all = 0.0
-    for window in (None, 48):
-        torch.manual_seed(0)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        inputs = [
-            torch.randn(tokens, heads, 64, device=device, dtype=dtype, requires_grad=True)
-            for heads in (8, 2, 2)
-        ]
-        exact = [x.detach().double().requires_grad_() for x in inputs]
-        out = attend(*inputs, cu, cu, longest, longest, window=window)
-        reference = attend(*exact, cu, cu, longest, longest, window=window, backend="dense")
-        direction = torch.randn_like(out)
-        out.backward(direction)
-        reference.backward(direction.double())
-        pairs = [(out, reference), *((x.grad, y.grad) for x, y in zip(inputs, exact, strict=True))]
-        worst_of_all = max(worst_of_all, *(worst(a, b) for a, b in pairs))
-    limit = 2e-2 if device.type == "cuda" else 1e-5
-    assert worst_of_all < limit, f"off by {worst_of_all:.1e}"
-    return f"largest difference {worst_of_all:.1e} (limit {limit:.0e})"
+def hardware_here(device: torch.device) -> Any:
+    """The planner's hardware, where it knows this GPU and can read its files."""
+    if device.type != "cuda":
+        return None
+    try:
+        from modelyard.plan.machine import known_gpu
+
+        return known_gpu(torch.cuda.get_device_name(), memory_of_gpu(device))
+    except ImportError:
+        return None
 
 
-def check_cross_entropy(device: torch.device) -> str:
-    """Fused against plain in fp32, masked labels included."""
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(700, 64, device=device), torch.randn(5003, 64, device=device) * 0.2
-    labels = torch.randint(5003, (700,), device=device)
-    labels[::3] = -100
-    results = []
-    for implementation in ("torch", "fused"):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        loss = linear_cross_entropy(h, w, labels, implementation=implementation)
-        loss.backward()
-        results.append((loss.detach(), h.grad, w.grad))
-    difference = max(worst(a, b) for a, b in zip(*reversed(results), strict=True))
-    assert difference < 1e-4, f"off by {difference:.1e}"
-    return f"largest difference {difference:.1e} (limit 1e-4)"
+# --- one process ----------------------------------------------------------------------------------------------------
 
 
-class Trainer:
-    """A model and everything to train it on random tokens."""
+def run_cell(cell: Cell, device: torch.device, end: float) -> dict[str, Any]:
+    layers = layers_of(cell, memory_of_gpu(device))
+    found: dict[str, Any] = {**dataclasses.asdict(cell), "layers": layers, "model": cell.model}
+    try:
+        found["planned"] = planned(cell, layers, hardware_here(device))
+    except ImportError as error:
+        found["planned"] = {"failed": str(error)}
+    return found | measure(cell, layers, device, end)
 
-    def __init__(
-        self, shape: Architecture, dtype: torch.dtype, device: torch.device, *, compiled: bool = False
-    ):
-        with torch.device("meta"):
-            model = Decoder(shape)
-        self.model = model.to_empty(device=device)
-        if compiled:
-            # The rehearsal must not need a C++ compiler.
-            compile_blocks(self.model, backend="inductor" if device.type == "cuda" else "aot_eager")
-        initialize(self.model, 0, InitStd.for_architecture(shape))
-        self.weights = Weights(self.model, dtype)
-        self.weights.publish()
-        self.optimizer = Optimizer(self.weights.master, weight_decay=0.1, betas=(0.9, 0.95), epsilon=1e-8)
-        self.shape, self.device = shape, device
 
-    def step(self, batch: Any, micro_batch_size: int) -> tuple[float, float]:
-        result = train_step(
-            self.model,
-            self.weights,
-            self.optimizer,
-            batch,
-            learning_rate=1e-3,
-            micro_batch_size=micro_batch_size,
-            max_norm=1.0,
-            loss_options=LossOptions(),
-            device=self.device,
+def child(task: str, device: torch.device, end: float) -> dict[str, Any]:
+    """What a process of its own is started for."""
+    kind, _, name = task.partition(":")
+    if kind == "check":
+        return {"outcome": outcome_of(EVERY_CHECK[name], device)}
+    if kind == "chip":
+        return chip_rates(device)
+    cell = next(cell for cells in PARTS.values() for cell in cells if cell.key == name)
+    return run_cell(cell if device.type == "cuda" else cell.rehearsed(), device, end)
+
+
+def apart(task: str, seconds: float) -> dict[str, Any]:
+    """`child` in a process of its own, for so many seconds at most; else `failed` and why."""
+    if seconds < 5:
+        return {"failed": TOO_LONG}
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1", **os.environ}
+    command = [sys.executable, __file__, "--child", task, "--seconds", str(seconds)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, check=False, timeout=seconds
         )
-        assert result.skipped is None, result.skipped
-        return result.loss, result.grad_norm
+    except subprocess.TimeoutExpired:
+        return {"failed": f"{TOO_LONG} after {seconds:.0f} s"}
+    answers = [line for line in done.stdout.splitlines() if line.startswith(ANSWER)]
+    if done.returncode or not answers:
+        last = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
+        return {"failed": f"ended with status {done.returncode}: {last[:300]}"}
+    found: dict[str, Any] = json.loads(answers[-1][len(ANSWER) :])
+    return found
 
 
-def check_bf16_run(device: torch.device) -> str:
-    """20 steps in bf16 follow fp32 and learn the batch."""
-    batch = Case("", vocabulary=TINY.vocab_size, rows=4, sequence=128).batch()
-    curves = []
-    for dtype in (torch.float32, torch.bfloat16):
-        trainer = Trainer(TINY, dtype, device)
-        curves.append([trainer.step(batch, 2)[0] for _ in range(20)])
-    gap = max(abs(a - b) for a, b in zip(*curves, strict=True))
-    assert curves[1][-1] < curves[1][0] - 0.5, f"the loss went from {curves[1][0]:.3f} to {curves[1][-1]:.3f}"
-    assert gap < 0.1, f"bf16 departs from fp32 by {gap:.3f}"
-    return f"loss {curves[1][0]:.3f} to {curves[1][-1]:.3f}, at most {gap:.4f} from fp32"
+# --- the results ----------------------------------------------------------------------------------------------------
 
 
-def check_compiled(device: torch.device) -> str:
-    """Ten steps with compiled blocks follow ten eager ones."""
-    batch = Case("", vocabulary=TINY.vocab_size, rows=4, sequence=128, documents=3).batch()
-    curves = []
-    for compiled in (False, True):
-        trainer = Trainer(TINY, torch.float32, device, compiled=compiled)
-        curves.append([trainer.step(batch, 2) for _ in range(10)])
-    gap = max(abs(a - b) / abs(a) for eager, other in zip(*curves) for a, b in zip(eager, other))
-    assert gap < 1e-3, f"loss or gradient norm off by {gap:.1e}"
-    return f"loss and gradient norm at most {gap:.1e} apart (limit 1e-3)"
+def file_of(name: str, folder: Path, *, fresh: bool) -> Path:
+    """The results that are there of this GPU, the newest, or those that are begun today."""
+    short = re.search(r"[ABHLT]\d{2,4}S?\b|RTX \w+", name)
+    stem = re.sub(r"[^a-z0-9]+", "-", (short[0] if short else name).lower())
+    known = sorted(folder.glob(f"{stem}-????-??-??.json"))
+    return known[-1] if known and not fresh else folder / f"{stem}-{date.today().isoformat()}.json"
 
 
-def check_adapters(device: torch.device) -> str:
-    """LoRA, and DoRA over NF4, in ten steps from one start: the device in fp32 against the CPU; the codes of both are alike,
-    and so is what the dropout leaves out."""
-    shape = dataclasses.replace(TINY, hidden_size=128, head_size=32)
-    batch = Case("", vocabulary=shape.vocab_size, rows=4, sequence=128, documents=3).batch()
-    batch = dataclasses.replace(batch, numbers=token_numbers(1, 0, 4, 128))
-    drawn = DrawnWeights(shape, InitStd.for_architecture(shape), 0, torch.device("cpu"))
-    gap = 0.0
-    for adapter in (
-        Adapter(8, 16.0, MODULES, dropout=0.1),
-        Adapter(8, 16.0, MODULES, dora=True, quantization=Quantization(64)),
-    ):
-        curves, held = [], []
-        for where in (torch.device("cpu"), device):
-            weights = AdaptedWeights(drawn, adapter, seed=0, dtype=torch.float32, device=where)
-            run = parallelize(
-                shape, alone(where), compute_dtype=torch.float32, recompute="none", compile=False, sequence_length=128,
-                fill=weights.fill, frozen=frozenset(shape.parameter_shapes()), adapter=adapter,
-            )  # fmt: skip
-            optimizer = Optimizer(
-                run.weights.master, weight_decay=0.0, betas=(0.9, 0.95), epsilon=1e-8,
-                scales={n: 0.0 for n, p in run.weights.master.items() if not p.requires_grad},
-            )  # fmt: skip
-            held.append([p.cpu() for n, p in run.weights.master.items() if is_quantized_part(n)])
-            results = [
-                train_step(
-                    run.model, run.weights, optimizer, batch, learning_rate=1e-2, micro_batch_size=2, max_norm=1.0,
-                    loss_options=LossOptions(), device=where,
-                )
-                for _ in range(10)
-            ]  # fmt: skip
-            curves.append([number for result in results for number in (result.loss, result.grad_norm)])
-        for one, other in zip(*held):
-            assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)), (
-                "other NF4 codes on the device"
+def is_done(row: dict[str, Any] | None) -> bool:
+    """Whether there is nothing to be tried again: a figure, or a reason other than time."""
+    return row is not None and not str(row.get("failed", "")).startswith(TOO_LONG)
+
+
+def disagreement(row: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str | None:
+    """How the first step departs from that of the first program of the same model; None where it agrees."""
+    same = [
+        r
+        for r in rows.values()
+        if r.get("model") == row["model"] and "loss" in r and r["layers"] == row["layers"]
+    ]
+    if "loss" not in row or not same:
+        return None
+    limit = TOLERANCE_OF_FP8 if row["program"] in FP8 else TOLERANCE
+    for key in ("loss", "grad_norm"):
+        if abs(row[key] - same[0][key]) > limit * abs(same[0][key]):
+            return f"another {key}: {row[key]:.4f}, not {same[0][key]:.4f}"
+    return None
+
+
+def table(found: dict[str, Any]) -> str:
+    """Of all cells, in Markdown."""
+    head = (
+        "model", "program", "layers", "tokens/s", "planned", "MFU, causal", "MFU, square", "peak GiB", "planned",
+        "loss", "gradient norm",
+    )  # fmt: skip
+    lines = [list(head), ["---", "---", *["---:"] * (len(head) - 2)]]
+    for row in found["cells"].values():
+        if "failed" in row:
+            lines.append([row["model"], row["program"], str(row.get("layers", "")), row["failed"], *[""] * 7])
+            continue
+        plan = row["planned"]
+        speed, memory = plan.get("tokens_per_second"), plan.get("peak_bytes")
+        lines.append(
+            [
+                row["model"],
+                row["program"],
+                str(row["layers"]),
+                f"{row['tokens_per_second']:,.0f}",
+                f"{speed:,.0f}" if speed else "",
+                f"{row['mfu_causal']:.1%}" if "mfu_causal" in row else "",
+                f"{row['mfu_full']:.1%}" if "mfu_full" in row else "",
+                f"{row['peak_bytes'] / 2**30:.1f}",
+                f"{memory / 2**30:.1f}" if memory else "",
+                f"{row['loss']:.3f}",
+                f"{row['grad_norm']:.3f}" + (f" ({row['differs']})" if row.get("differs") else ""),
+            ]
+        )
+    chip, versions = found.get("chip", {}), found.get("versions", {})
+    said = [f"`make gpu`, {found['date']}, {found['device']}, torch {found['torch']}"]
+    said += [f"{name} {version}" for name, version in versions.items()]
+    if "matmul_bf16" in chip:
+        said.append(f"its own products {chip['matmul_bf16'] / 1e12:,.0f} TFLOP/s in bf16")
+        said.append(f"its copies {chip['copy'] / 1e12:.2f} TB/s")
+    failed = [name for name, outcome in found.get("checks", {}).items() if not outcome.startswith("ok")]
+    checks = "Every check held." if not failed else f"**Did not hold: {', '.join(failed)}.**"
+    return ", ".join(said) + f". {checks}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# --- a part ---------------------------------------------------------------------------------------------------------
+
+
+class Part:
+    """Runs what a part has, within its time, and keeps the results."""
+
+    def __init__(self, options: argparse.Namespace, device: torch.device):
+        self.options, self.device = options, device
+        self.begin = time.monotonic()
+        self.due = self.begin
+        """When what was begun so far should be done: what it leaves over is the next one's."""
+        name = "rehearsal" if options.cpu else torch.cuda.get_device_name()
+        folder = Path(options.folder) if options.folder else RESULTS
+        self.path = file_of(name, folder, fresh=options.fresh or options.cpu)
+        self.found: dict[str, Any] = {"chip": {}, "checks": {}, "cells": {}}
+        if self.path.exists() and not options.cpu:
+            kept = json.loads(self.path.read_text(encoding="utf-8"))
+            self.found = {key: kept.get(key, value) for key, value in self.found.items()}
+        self.found["versions"] = versions_of(PACKAGES)
+        self.failed = self.passed = 0
+
+    def keep(self) -> None:
+        write_result(self.path.stem, self.found, folder=self.path.parent)
+
+    def ask(self, task: str, seconds: float) -> dict[str, Any]:
+        self.due += seconds
+        end = min(self.due, self.begin + LIMIT)
+        if self.device.type == "cpu" and not self.options.processes:
+            return child(task, self.device, end)
+        return apart(task, end - time.monotonic())
+
+    def check(self, chosen: list[str]) -> None:
+        for name in chosen:
+            if self.found["checks"].get(name, "").startswith("ok") and not self.options.again:
+                continue
+            answer = self.ask(f"check:{name}", CHECKS / len(EVERY_CHECK))
+            outcome = answer.get("outcome") or f"FAIL  {answer['failed']}"
+            self.found["checks"][name] = outcome
+            self._count(outcome.startswith("ok"))
+            print(f"{name:<22} {outcome}", flush=True)
+            self.keep()
+
+    def chip(self) -> None:
+        if "matmul_bf16" not in self.found["chip"] or self.options.again:
+            self.found["chip"] = self.ask("chip", CHIP)
+            self.keep()
+        for name, rate in self.found["chip"].items():
+            print(f"{name:<22} {rate if isinstance(rate, str) else f'{rate / 1e12:.4g} T/s'}", flush=True)
+
+    def cells(self, cells: list[Cell]) -> None:
+        rows = self.found["cells"]
+        pending = [cell for cell in cells if self.options.again or not is_done(rows.get(cell.key))]
+        print(f"{len(cells) - len(pending)} of {len(cells)} cells are done", flush=True)
+        left = self.begin + LIMIT - time.monotonic()
+        # Where some are done already the others may take longer.
+        factor = max(1.0, left / max(sum(cell.seconds for cell in pending), 1))
+        self.due = time.monotonic()
+        for cell in pending:
+            row = self.ask(f"cell:{cell.key}", factor * cell.seconds)
+            row.setdefault("model", cell.model)
+            row.setdefault("program", cell.program)
+            if differs := disagreement(row, {k: r for k, r in rows.items() if k != cell.key}):
+                row["differs"] = differs
+            rows[cell.key] = row
+            # What a machine cannot run is no failure of the script; what it runs otherwise than it should is.
+            self._count(not differs)
+            print(line(cell, row), flush=True)
+            self.keep()
+
+    def _count(self, is_well: bool) -> None:
+        self.passed, self.failed = self.passed + is_well, self.failed + (not is_well)
+
+
+def line(cell: Cell, row: dict[str, Any]) -> str:
+    if "failed" in row:
+        return f"{cell.key:<72} -- {row['failed']}"
+    mfu = f"MFU {row['mfu_causal']:.1%} causal, {row['mfu_full']:.1%} square  " if "mfu_causal" in row else ""
+    plan = row["planned"]
+    expected = f"planned {plan['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in plan else ""
+    if "tokens_per_second" in plan:
+        expected += f", {plan['tokens_per_second']:,.0f} tokens/s"
+    return (
+        f"{cell.key:<72} {row['tokens_per_second']:>9,.0f} tokens/s  {mfu}{row['peak_bytes'] / 2**30:.1f} GiB  "
+        f"loss {row['loss']:.3f}  gradient norm {row['grad_norm']:.3f}  {row.get('differs') or ''}  {expected}"
+    )
+
+
+def show(parts: dict[int, list[Cell]], memory: int, rows: dict[str, Any]) -> None:
+    """The cells, and what is known of them."""
+    for number, cells in parts.items():
+        print(f"part {number}, at most {sum(cell.seconds for cell in cells)} s")
+        for cell in cells:
+            layers = layers_of(cell, memory)
+            peak = planned(cell, layers, None).get("peak_bytes")
+            words = f"{layers} layers" + (f", planned {peak / 2**30:.1f} GiB" if peak else "")
+            done = (
+                "measured"
+                if "tokens_per_second" in rows.get(cell.key, {})
+                else rows.get(cell.key, {}).get("failed", "")
             )
-        gap = max(gap, *(abs(a - b) / abs(a) for a, b in zip(*curves)))
-    assert gap < 1e-2, f"loss or gradient norm off by {gap:.1e}"
-    return f"loss and gradient norm at most {gap:.1e} apart (limit 1e-2); NF4 codes equal"
+            print(f"  {cell.key:<72} {words}  {done}")
 
 
-def check_real_text(device: torch.device) -> str:
-    """A small model learns the interpreter's standard library byte by byte, in bf16; a held-out part is the measure."""
-    steps, rows, sequence = (300, 16, 512) if device.type == "cuda" else (30, 2, 128)
-    shape = Architecture(256, 256, 4, 4, 2, 64, 704, rotary=LLAMA3)
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    text = torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in files)[:4_000_000]), dtype=torch.uint8)
-    cut = len(text) - len(text) // 20
-    shares = torch.bincount(text[:cut].long(), minlength=256).float().add(1e-3)
-    unigram = -(shares / shares.sum()).log()[text[cut:].long()].mean().item()
-
-    def batch(part: torch.Tensor, seed: int) -> Batch:
-        generator = torch.Generator().manual_seed(seed)
-        starts = torch.randint(len(part) - sequence - 1, (rows, 1), generator=generator)
-        tokens = part[starts + torch.arange(sequence + 1)].long()
-        empty = Case("", vocabulary=256, rows=rows, sequence=sequence).batch()
-        return dataclasses.replace(
-            empty, input_ids=tokens[:, :-1].contiguous(), labels=tokens[:, 1:].contiguous()
-        )
-
-    trainer = Trainer(shape, torch.bfloat16, device)
-    for step in range(steps):
-        trainer.step(batch(text[:cut], step), rows)
-    held_out = batch(text[cut:], 0).to(device)
-    with torch.no_grad():
-        loss = Evaluation.of(score_sums(trainer.model, held_out, LossOptions())).whole.loss
-    assert math.isfinite(loss), f"the held-out loss is {loss}"
-    assert loss < unigram - 0.2, f"{loss:.3f} nats a byte, {unigram:.3f} without context"
-    return f"{loss:.3f} nats a byte held out after {steps} steps, {unigram:.3f} without context"
-
-
-def check_repeatable(device: torch.device) -> str:
-    """Two runs from one seed: initial weights and first loss to the bit; later losses as close as the kernels allow."""
-    batch = Case("", vocabulary=TINY.vocab_size, rows=4, sequence=128).batch()
-    curves = []
-    for _ in range(2):
-        trainer = Trainer(TINY, torch.bfloat16, device)
-        curves.append([trainer.step(batch, 2)[0] for _ in range(10)])
-    assert curves[0][0] == curves[1][0]
-    gap = max(abs(a - b) for a, b in zip(*curves, strict=True))
-    assert gap < 1e-2, f"two runs differ by {gap:.1e}"
-    return "bit-equal" if gap == 0 else f"differ by {gap:.1e} (backward of attention sums in any order)"
-
-
-def benchmark_step(
-    device: torch.device, shape: Architecture, rows: int, sequence: int, *, compiled: bool, steps: int = 8
-) -> dict[str, Any]:
-    """Median time of a whole bf16 step, with MFU where the chip's peak is known."""
-    trainer = Trainer(shape, torch.bfloat16, device, compiled=compiled)
-    batch = Case("", vocabulary=shape.vocab_size, rows=rows, sequence=sequence).batch()
-    times = []
-    for _ in range(steps):
-        begin = time.perf_counter()
-        loss, norm = trainer.step(batch, rows)  # Reads the loss: the device is done when it returns.
-        times.append(time.perf_counter() - begin)
-    speed = rows * sequence / sorted(times[2:])[len(times[2:]) // 2]
-    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-    shares = utilization(shape, sequence, speed, peak_flops(device, torch.bfloat16))
-    return {"tokens_per_second": speed, "memory_gib": memory, "loss": loss, "grad_norm": norm, **shares}
-
-
-def main() -> int:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--cpu", action="store_true", help="rehearse on the CPU at toy sizes; measures nothing"
     )
-    options = parser.parse_args()
-    if not options.cpu and not torch.cuda.is_available():
+    parser.add_argument("--part", type=int, choices=PARTS, metavar="N", help=f"0 (the core) to {max(PARTS)}")
+    parser.add_argument("--again", action="store_true", help="measure what is measured already")
+    parser.add_argument("--fresh", action="store_true", help="begin another file of results")
+    parser.add_argument("--list", action="store_true", help="show the cells and measure nothing")
+    parser.add_argument("--write-docs", action="store_true", help="put the table into docs/performance.md")
+    parser.add_argument("--folder", metavar="FOLDER", help="of the results (default: benchmarks/results)")
+    parser.add_argument("--processes", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=0.0, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = parse()
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu and not options.cpu else "cpu")
+    if options.child:
+        # Ends before it is ended: a figure from fewer steps is one.
+        print(ANSWER + json.dumps(child(options.child, device, time.monotonic() + options.seconds - 8)))
+        return 0
+    if options.list:
+        memory = memory_of_gpu(device) if on_gpu else 139 << 30
+        kept = {}
+        if on_gpu and (path := file_of(torch.cuda.get_device_name(), RESULTS, fresh=False)).exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        show(PARTS, memory, kept)
+        return 0
+    if not options.cpu and not on_gpu:
         print("error: no CUDA device (--cpu rehearses the script without one)", file=sys.stderr)
         return 2
-    device = torch.device("cpu" if options.cpu else "cuda")
-
-    failed = 0
-    results: dict[str, Any] = {"checks": {}, "benchmarks": {}}
-    checks: list[Callable[[torch.device], str]] = [
-        check_attention,
-        check_cross_entropy,
-        check_bf16_run,
-        check_compiled,
-        check_repeatable,
-        check_adapters,
-        check_real_text,
-    ]
-    for check in checks:
-        try:
-            outcome = f"ok    {check(device)}"
-        except Exception:
-            failed += 1
-            outcome = f"FAIL  {traceback.format_exc(limit=-1).strip().splitlines()[-1]}"
-        results["checks"][check.__name__] = outcome
-        print(f"{check.__name__:<22} {outcome}", flush=True)
-
-    cases = {
-        "llama-3.2-1b, all 16 layers": (
-            Architecture(128256, 2048, 16, 32, 8, 64, 8192, True, rotary=LLAMA3),
-            2,
-            4096,
-        ),
-        "llama-3.1-8b, 8 of 32 layers": (
-            Architecture(128256, 4096, 8, 32, 8, 128, 14336, rotary=LLAMA3),
-            2,
-            4096,
-        ),
-    }
-    if options.cpu:
-        cases = {"toy": (TINY, 2, 64)}
-    peak = matmul_peak(torch.bfloat16, 8192 if device.type == "cuda" else 256, device)
-    print(f"matrix multiply, bf16: {peak / 1e12:.3g} TFLOP/s", flush=True)
-    results["matmul_flops"] = peak
-    for name, (shape, rows, sequence) in cases.items():
-        for compiled in (False, True):
-            label = f"{name}, {'compiled' if compiled else 'eager'}"
-            try:
-                row = benchmark_step(device, shape, rows, sequence, compiled=compiled)
-                mfu = (
-                    f"MFU {row['mfu_causal']:.1%} causal, {row['mfu_full']:.1%} full"
-                    if "mfu_causal" in row
-                    else "MFU unknown"
-                )
-                print(f"{label:<40} {row['tokens_per_second']:>9,.0f} tokens/s  {mfu}  {row['memory_gib']:.1f} GiB  "
-                      f"loss {row['loss']:.2f}  grad norm {row['grad_norm']:.2f}", flush=True)  # fmt: skip
-                results["benchmarks"][label] = row
-            except Exception:
-                failed += 1
-                print(
-                    f"{label:<40} FAIL {traceback.format_exc(limit=-1).strip().splitlines()[-1]}", flush=True
-                )
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-    if not options.cpu:
-        print(f"wrote {write_result('gpu', results)}")
-    print(f"{len(checks) + 2 * len(cases) - failed} passed, {failed} failed")
-    return 1 if failed else 0
+    part = Part(options, device)
+    numbers = [options.part or 0] if options.part is not None or not options.cpu else list(PARTS)
+    if 0 in numbers:
+        part.check(list(EVERY_CHECK))
+    part.chip()
+    part.cells([cell for number in numbers for cell in PARTS[number]])
+    print(f"wrote {part.path}")
+    if options.write_docs and not options.cpu:
+        put_into(DOCS, "gpu", table(json.loads(part.path.read_text(encoding="utf-8"))))
+        print(f"wrote {DOCS}")
+    print(f"{part.passed} passed, {part.failed} failed, {time.monotonic() - part.begin:.0f} s")
+    return 1 if part.failed else 0
 
 
 if __name__ == "__main__":

@@ -21,19 +21,25 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_gpu_script_needs_torch_alone() -> None:
+def test_gpu_script_needs_torch_alone(tmp_path: Path) -> None:
     program = (
         "import runpy, sys\n"
         "for name in ('pydantic', 'transformers', 'datasets', 'yaml', 'safetensors', 'tokenizers', 'rich'):\n"
         "    sys.modules[name] = None\n"
-        "sys.argv = ['gpu.py', '--cpu']\n"
+        f"sys.argv = ['gpu.py', '--cpu', '--part', '0', '--folder', {str(tmp_path)!r}]\n"
         "runpy.run_path('benchmarks/gpu.py', run_name='__main__')\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "9 passed, 0 failed"
+    assert done.stdout.splitlines()[-1].startswith("18 passed, 0 failed")
+    (path,) = tmp_path.iterdir()
+    found = json.loads(path.read_text())
+    failed = {name: row["failed"] for name, row in found["cells"].items() if "failed" in row}
+    assert set(failed.values()) == {"transformers is not installed"}
+    assert len(found["cells"]) == 10
+    assert len(failed) == 2
 
 
 @pytest.mark.parametrize("name", ["speed.md", "performance.md"])

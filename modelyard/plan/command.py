@@ -47,20 +47,21 @@ def plan_command(options: argparse.Namespace, loaded: Loaded) -> int:
     config, architecture = loaded.train, loaded.architecture
     if architecture is None:
         raise UserError(
-            "model: the shape is not known; give an architecture, or a `pretrained` folder that is there"
+            "model: the shape is not known; give an architecture, a preset (model.preset=llama-3.1-8b), or a `pretrained` folder "
+            "that is there"
         )
     problems = [f"{key}: {why}" for key, why in shape_problems(config, architecture)]
     if problems and not options.search:
         raise UserError(*problems)
+    _refuse_without_effect(options)
+    if options.gpus is not None and options.gpus > MOST_GPUS:
+        raise UserError(f"--gpus {options.gpus}: at most {MOST_GPUS:,} can be planned for")
+    if options.gpus is not None and options.gpus > 0 and not options.search:
+        _refuse_impossible(config, options.gpus)  # before a machine is measured for it
     cluster = _cluster(options, config)
     if options.search:
         return _print_search(options, loaded, cluster)
-    if impossible := world_problems(config, cluster.gpus):
-        near = ", ".join(map(str, possible_worlds(config)[:8]))
-        raise UserError(
-            *(f"{key}: {why}" for key, why in impossible),
-            f"--gpus {cluster.gpus}: not possible with this config; possible: {near}; or let --search choose a layout",
-        )
+    _refuse_impossible(config, cluster.gpus)
     workload = _workload(options, loaded, cluster)
     if options.trace:
         return _print_trace(options, workload)
@@ -75,6 +76,25 @@ def plan_command(options: argparse.Namespace, loaded: Loaded) -> int:
     return 0
 
 
+def _refuse_without_effect(options: argparse.Namespace) -> None:
+    """Options that would change nothing beside the others."""
+    if options.rank and not options.trace:
+        raise UserError("--rank: says which process to trace; add --trace, or leave it out")
+    if options.measure and options.gpu != THIS_MACHINE:
+        raise UserError(f"--measure: measures this machine; write --gpu {THIS_MACHINE}, or leave it out")
+    if options.search and options.trace:
+        raise UserError("--search and --trace: one at a time; trace a layout that the search found")
+
+
+def _refuse_impossible(config: TrainConfig, gpus: int) -> None:
+    if impossible := world_problems(config, gpus):
+        near = ", ".join(map(str, possible_worlds(config)[:8]))
+        raise UserError(
+            *(f"{key}: {why}".replace("--nproc", "--gpus") for key, why in impossible),
+            f"--gpus {gpus}: not possible with this config; possible: {near}; or let --search choose a layout",
+        )
+
+
 def _cluster(options: argparse.Namespace, config: TrainConfig) -> Cluster:
     network = None if options.network is None else parse_rate(options.network, "--network")
     if options.gpu == THIS_MACHINE:
@@ -87,8 +107,6 @@ def _cluster(options: argparse.Namespace, config: TrainConfig) -> Cluster:
     if gpus is None:
         worlds = possible_worlds(config)
         gpus = worlds[0] if worlds else 1
-    if gpus > MOST_GPUS:
-        raise UserError(f"--gpus {gpus}: at most {MOST_GPUS:,} can be planned for")
     return cluster_of(hardware, gpus, gpus_per_node=options.gpus_per_node, network=network)
 
 
@@ -133,9 +151,12 @@ def report(
     storage: float = STORAGE,
 ) -> str:
     """The plan as people read it."""
-    layout = layout_rows(config, workload.architecture, workload.layout)
+    layout = [
+        (name, text.replace("--nproc N", "--gpus N"))
+        for name, text in layout_rows(config, workload.architecture, workload.layout)
+    ]
     blocks = [
-        ("on", table(_cluster_rows(cluster))),
+        ("hardware", table(_cluster_rows(cluster))),
         ("layout", table(layout)),
         (_memory_title(workload, place), table(_memory_rows(workload, place, memory, room))),
         ("a step", table(_duration_rows(workload, duration) + _fp8_rows(config))),
@@ -147,7 +168,7 @@ def report(
 
 def _cluster_rows(cluster: Cluster) -> Rows:
     hardware = cluster.hardware
-    rows = [("hardware", f"{cluster.gpus:,} x {hardware.title}")]
+    rows = [("devices", f"{cluster.gpus:,} x {hardware.title}")]
     if cluster.nodes > 1:
         rows.append(
             (
@@ -368,7 +389,7 @@ def does_not_fit(loaded: Loaded, workload: Workload, cluster: Cluster, room: Roo
 
 
 def least_hardware(loaded: Loaded, workload: Workload, cluster: Cluster) -> str:
-    """The fewest devices of this kind on which some layout fits; failing that, of other kinds."""
+    """The fewest devices of this kind, a power of two, on which some layout fits; failing that, of other kinds."""
     assert loaded.architecture is not None
     kinds = [cluster.hardware.name, *(name for name in hardware_names() if name != cluster.hardware.name)]
     for name in kinds:
@@ -376,6 +397,8 @@ def least_hardware(loaded: Loaded, workload: Workload, cluster: Cluster) -> str:
         gpus = 1
         while gpus <= MOST_GPUS:
             tried = cluster_of(hardware, gpus)
+            if name == cluster.hardware.name:
+                tried = replace(cluster, gpus=gpus)
             found, _ = search(loaded.train, loaded.architecture, workload, tried, best=1)
             if found:
                 return f"the least that does: {gpus:,} x {hardware.title} ({in_short(found[0])})"

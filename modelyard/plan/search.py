@@ -10,12 +10,12 @@ from modelyard.config.adapter import matmul_flops_per_token
 from modelyard.config.architecture import Architecture
 from modelyard.config.layout import (
     FIXED_STAGES,
+    SPLIT_BACKWARD,
     Layout,
     Schedule,
     divisors,
     layout_of,
     shape_problems,
-    stages_per_process,
     world_problems,
 )
 from modelyard.config.train import TrainConfig
@@ -142,7 +142,11 @@ def candidates(
                 if world_problems(changed, cluster.gpus) or shape_problems(changed, architecture):
                     continue
                 layout = layout_of(changed, cluster.gpus)
-                yield from _kept(changed, replace(workload, layout=layout, micro_rows=rows), cluster)
+                # As `workload_of` has it: no compiled code where the backward is split.
+                compiled = workload.compiled and not (pipeline > 1 and schedule in SPLIT_BACKWARD)
+                yield from _kept(
+                    changed, replace(workload, layout=layout, micro_rows=rows, compiled=compiled)
+                )
 
 
 def _splits(
@@ -208,11 +212,8 @@ def _changed(
     return config.model_copy(update={"model": model, "batch": batch})
 
 
-def _kept(
-    config: TrainConfig, workload: Workload, cluster: Cluster
-) -> Iterator[tuple[TrainConfig, Workload]]:
+def _kept(config: TrainConfig, workload: Workload) -> Iterator[tuple[TrainConfig, Workload]]:
     """The layout with each ZeRO stage and recomputation, from the fastest on."""
-    del cluster
     for stage in (1, 2, 3):
         if stage > 1 and workload.layout.shard * workload.layout.context == 1:
             continue
@@ -229,25 +230,29 @@ def _kept(
 
 
 def lines_to_paste(found: Found) -> str:
-    """The layout as YAML, for a config without one."""
-    distributed, multi_stage = found.config.model.distributed, found.config.model.multi_stage
-    layout = found.workload.layout
-    lines = ["batch:", f"  micro_batch_size: {found.workload.micro_rows}", "model:"]
-    own = []
-    if layout.tensor > 1:
-        own += [f"tensor_parallel: {layout.tensor}", "sequence_tensor_parallel: yes"]
-    if layout.context > 1:
-        own.append(f"sequence_data_parallel: {layout.context}")
+    """The layout as YAML, to come after whatever layout a config has."""
+    layout, distributed = found.workload.layout, found.config.model.distributed
+    yes = "yes" if layout.sequence_parallel else "no"
+    stages = distributed.stages_per_process
+    lines = [
+        "batch:",
+        f"  micro_batch_size: {found.workload.micro_rows}",
+        "  sequential_micro_batches: null",
+        "model:",
+        "  distributed:",
+        f"    tensor_parallel: {layout.tensor}",
+        f"    sequence_tensor_parallel: {yes}",
+        f"    sequence_data_parallel: {layout.context}",
+        f"    data_parallel_replicas: {layout.replicate}",
+        f"    pipeline_parallel: {layout.pipeline}",
+    ]
     if layout.pipeline > 1:
-        own += [f"pipeline_parallel: {layout.pipeline}", f"pipeline_schedule: {layout.schedule}"]
-        if distributed.stages_per_process is not None:
-            own.append(f"stages_per_process: {stages_per_process(distributed)}")
-    if own:
-        lines += ["  distributed:", *(f"    {line}" for line in own)]
+        lines.append(f"    pipeline_schedule: {layout.schedule}")
+    lines.append(f"    stages_per_process: {'null' if stages is None else stages}")
     lines += [
         "  multi_stage:",
         f"    zero_stage: {layout.zero_stage}",
-        f"    recompute: {multi_stage.recompute}",
+        f"    recompute: {found.workload.recompute}",
     ]
     return "\n".join(lines)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -67,7 +66,9 @@ def test_scales_of_rows_are_powers_of_two() -> None:
     assert quantize(x[:3], E4M3, 0)[1].tolist() == [[2.0, 2.0**-8]]  # 449, and 1 / 448 up to 1 / 256
 
 
-@pytest.mark.parametrize(("dtype", "half_step", "least"), [(E4M3, 2.0**-4, 2.0**-10), (E5M2, 2.0**-3, 2.0**-17)])
+@pytest.mark.parametrize(
+    ("dtype", "half_step", "least"), [(E4M3, 2.0**-4, 2.0**-10), (E5M2, 2.0**-3, 2.0**-17)]
+)
 def test_rounding_is_no_worse_than_the_format(dtype: torch.dtype, half_step: float, least: float) -> None:
     # Magnitudes over many powers of two; below the normal numbers steps have one size (`least` is half of it).
     x = randn(64, 64) * 10.0 ** randn(64, 64, seed=1)
@@ -95,6 +96,8 @@ def test_what_is_not_finite_stays_seen(scaling: Scaling, bad: float) -> None:
         # As the weight's gradient sums it: along that column.
         z = product(weight.t(), x.t(), scaling, (E4M3, E4M3), emulated=emulated)
         assert bool(z[:, 5].isnan().all())
+    for along in (None, 0, 1):
+        assert not quantize(x, E4M3, along)[1].isfinite().all()
     layer = _layer(32, 16, scaling)
     x[3, 5] = 0
     x.requires_grad_()
@@ -182,19 +185,33 @@ def test_a_layer_is_near_the_exact_one(scaling: Scaling) -> None:
         assert ours is not None
         # Two operands rounded by at most 1/16 (e5m2: 1/8) each: on average a third of that. And no better than fp8.
         assert 0.01 < distance(ours, exact) < 0.08, name
+    # Exactly the products of the recipe.
+    first = E5M2 if scaling == "tensorwise" else E4M3
+    assert torch.equal(x.grad, product(gradient, weight.detach().t(), scaling, (first, E4M3)))
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, product(gradient.t(), x.detach().t(), scaling, (first, E4M3)))
     assert bias.grad is not None
     torch.testing.assert_close(bias.grad.double(), gradient.double().sum(0), atol=0.02, rtol=0.01)
     with torch.no_grad():  # as the exported model computes
         assert torch.equal(layer(x), nn.functional.linear(x, weight, bias))
 
 
-def test_only_what_is_asked_for_has_a_gradient() -> None:
-    layer = _layer(32, 16, "rowwise")
-    layer.weight.requires_grad_(False)
-    x = randn(16, 32, dtype=torch.bfloat16).requires_grad_()
-    layer(x).sum().backward()
-    assert layer.weight.grad is None
-    assert x.grad is not None
+def test_only_what_is_asked_for_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[tuple[int, int]] = []
+
+    def count(a: Tensor, b: Tensor, *rest: Any, **options: Any) -> Tensor:
+        computed.append((a.shape[0], b.shape[0]))
+        return product(a, b, *rest, **options)
+
+    monkeypatch.setattr("modelyard.model.fp8.product", count)
+    for frozen in (True, False):
+        computed.clear()
+        layer = _layer(32, 16, "rowwise")
+        layer.weight.requires_grad_(not frozen)
+        x = randn(48, 32, dtype=torch.bfloat16).requires_grad_(frozen)
+        layer(x).sum().backward()
+        assert (layer.weight.grad is None, x.grad is None) == (frozen, not frozen)
+        assert computed == [(48, 16), (48, 32) if frozen else (16, 32)]
 
 
 # --- a model ----------------------------------------------------------------------------------------------------
@@ -242,7 +259,10 @@ def test_recomputed_activations_give_the_same_bits(scaling: Scaling) -> None:
             assert torch.equal(gradient, expected[name]), (mode, name)
 
 
-@pytest.mark.parametrize(("scaling", "mode"), [("tensorwise", "none"), ("rowwise", "selective")])
+@pytest.mark.parametrize(
+    ("scaling", "mode"),
+    [pytest.param("tensorwise", "none", marks=pytest.mark.slow), ("rowwise", "selective")],
+)
 def test_compiled_blocks_have_no_graph_breaks(scaling: Scaling, mode: Recompute) -> None:
     expected = _gradients(_model(scaling))
     model = _model(scaling)
@@ -291,7 +311,6 @@ def _held(case: Case, scaling: Scaling, bounds: dict[str, float]) -> None:
     truth, whole = _accumulated(
         dataclasses.replace(case, layout=Layout(), recompute="none"), alone(CPU), scaling
     )
-    print("XX", case.layout.tensor, abs(loss/truth-1), max(distance(g, whole[n]) for n,g in gradients.items()))
     assert abs(loss / truth - 1) < bounds["loss"]
     assert gradients
     for name, gradient in gradients.items():
@@ -310,8 +329,8 @@ def test_layouts_without_split_matrices_compute_the_same(name: str) -> None:
     shape = dataclasses.replace(WIDE, num_layers=4) if name == "zbv" else WIDE
     layout, recompute = LAYOUTS[name]
     case = Case(layout, rows=4, micro_batch_size=1, architecture=shape, recompute=recompute)  # type: ignore[arg-type]
-    # The same products on the same numbers: only sums of gradients are made in another order, some in bf16.
-    run_distributed(_held, layout.world, case, "tensorwise", {"loss": 1e-6, "gradient": 5e-3})
+    # The same products on the same numbers: only sums of gradients may be made in another order.
+    run_distributed(_held, layout.world, case, "tensorwise", {"loss": 1e-6, "gradient": 1e-5})
 
 
 def _rows_of_one_layer() -> None:
@@ -345,19 +364,19 @@ def test_matrices_cut_by_rows_have_the_scales_of_whole_ones() -> None:
 def test_tensor_parallel_processes_scale_what_they_have(sequence: bool) -> None:
     case = Case(Layout(tensor=2, sequence_parallel=sequence), rows=2, micro_batch_size=2, architecture=WIDE)
     # Scales of o and down, and of x's gradients, are those of parts: apart by the rounding of fp8, not more.
-    run_distributed(_held, 2, case, "rowwise", {"loss": 0.01, "gradient": 0.3})
+    run_distributed(_held, 2, case, "rowwise", {"loss": 0.01, "gradient": 0.2})
 
 
 # --- devices ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def capability(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+def capability(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """What the GPU that is not here says it can do: the last of the list."""
     said: list[tuple[int, int]] = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: said[-1])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old one")
-    yield said
+    return said
 
 
 def test_gpus_before_ada_are_told_apart(capability: list[tuple[int, int]]) -> None:

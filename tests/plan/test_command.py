@@ -82,6 +82,9 @@ def test_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "message"),
     [
         (["--gpu", "h1000"], "--gpu h1000: there is no hardware of this name (there is: a100"),
+        (["--gpus", "8", "--rank", "2"], "--rank: says which process to trace; add --trace"),
+        (["--measure"], "--measure: measures this machine; write --gpu this-machine"),
+        (["--search", "--trace"], "--search and --trace: one at a time"),
         (["--gpus", "0"], "--gpus 0: at least 1 is needed"),
         (["--gpus", "24"], "batch.batch_size: 256 rows cannot be dealt evenly to 24"),
         (["--network", "fast"], "--network fast: not a rate of data; write bytes as 50GB/s"),

@@ -32,7 +32,7 @@ STARCODER = replace(
 
 def workload(layout: Layout = Layout(), shape: Architecture = LLAMA, **changes: Any) -> Workload:  # noqa: B008
     known = {"batch_rows": 2 * layout.data, "micro_rows": 1, "sequence_length": 1024, "on_gpu": True}
-    return Workload(shape, layout, **{**known, **changes})  # type: ignore[arg-type]
+    return Workload(shape, layout, **{**known, **changes})
 
 
 def with_adapter(shape: Architecture, **how: Any) -> dict[str, Any]:

@@ -76,4 +76,17 @@ def test_the_lines_give_that_layout(path: Path, cluster: Cluster, tmp_path: Path
         assert pasted.architecture is not None
         assert layout_of(pasted.train, 8) == one.workload.layout
         work = workload_of(pasted.train, pasted.architecture, 8, on_gpu=True)
-        assert (work.micro_rows, work.recompute) == (one.workload.micro_rows, one.workload.recompute)
+        assert work == one.workload
+        assert duration_of(work, cluster).step == one.duration.step  # as if it were planned alone
+
+
+def test_a_split_backward_is_not_compiled(path: Path, cluster: Cluster) -> None:
+    loaded = load_config([path])
+    assert loaded.architecture is not None
+    base = workload_of(loaded.train, loaded.architecture, 1, on_gpu=True)
+    assert base.compiled
+    compiled = {
+        work.layout.schedule: work.compiled
+        for _, work in candidates(loaded.train, loaded.architecture, base, cluster)
+    }
+    assert compiled == {"1f1b": True, "interleaved": True, "zero_bubble": False, "zbv": False}
