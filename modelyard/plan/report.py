@@ -47,7 +47,7 @@ def report(
         ("hardware", table(_cluster_rows(cluster))),
         ("layout", table(layout)),
         (_memory_title(workload, place), table(_memory_rows(workload, place, memory, room))),
-        ("a step", table(_duration_rows(workload, duration) + _fp8_rows(config))),
+        ("a step", table(_duration_rows(workload, duration) + _not_modelled_rows(config))),
         ("messages of a process in a step", table(_message_rows(workload, cluster, place))),
         ("the run", table(_run_rows(config, workload, cluster, duration, storage))),
     ]
@@ -136,8 +136,17 @@ def _duration_rows(workload: Workload, duration: Duration) -> Rows:
     return rows
 
 
-def _fp8_rows(config: TrainConfig) -> Rows:
-    return [] if config.training.fp8 == "none" else [("fp8", f"{config.training.fp8} {NOT_MODELLED}")]
+def _not_modelled_rows(config: TrainConfig) -> Rows:
+    """What the seconds above do not know of."""
+    rows = [] if config.training.fp8 == "none" else [("fp8", f"{config.training.fp8} {NOT_MODELLED}")]
+    if config.model.multi_stage.cpu_offload:
+        rows.append(
+            (
+                "cpu_offload",
+                "copies to and from the host, and the optimizer there, are not modelled: a step takes longer",
+            )
+        )
+    return rows
 
 
 def _message_rows(workload: Workload, cluster: Cluster, place: int) -> Rows:
