@@ -29,6 +29,7 @@ from modelyard.config.adapter import MODULES, Adapter, Quantization  # noqa: E40
 from modelyard.config.architecture import Architecture  # noqa: E402
 from modelyard.config.layout import DIMENSIONS, Layout  # noqa: E402
 from modelyard.config.presets import preset  # noqa: E402
+from modelyard.plan.apart import apart  # noqa: E402
 from modelyard.plan.communication import communication_of  # noqa: E402
 from modelyard.plan.memory import memory_of  # noqa: E402
 from modelyard.plan.trace import trace  # noqa: E402
@@ -154,7 +155,7 @@ def row_of(one: Config, rank: int) -> dict[str, Any]:
     """One process by formula and as traced."""
     place, share = share_of(one.workload.layout, rank)
     begin = time.perf_counter()
-    traced = trace(one.workload, rank)
+    traced = apart(trace, one.workload, rank)
     seconds = time.perf_counter() - begin
     formula = memory_of(one.workload, place)
     sent: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0])

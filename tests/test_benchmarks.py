@@ -161,7 +161,7 @@ def test_adapter_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert least["tokens"] == sum(
             schedule["lengths"][talk] for talks in schedule["steps"][1] for talk in talks
         )
-        assert result["of_floor"] == pytest.approx(
+        assert result["eager_of_floor"] == pytest.approx(
             least["tokens"] / sum(least[part] for part in finetune.PARTS) / row["tokens_per_second"]
         )
         loss, norm = peft_step(tmp_path, schedule, quantized=method == "qlora")

@@ -14,6 +14,7 @@ from modelyard.config.layout import Layout, possible_worlds, shape_problems, wor
 from modelyard.config.loader import Loaded
 from modelyard.config.train import TrainConfig
 from modelyard.errors import UserError
+from modelyard.plan.apart import apart
 from modelyard.plan.communication import communication_of
 from modelyard.plan.duration import duration_of
 from modelyard.plan.hardware import (
@@ -240,7 +241,7 @@ def _print_trace(options: argparse.Namespace, workload: Workload) -> int:
             raise UserError(f"--rank {rank}: the layout has ranks 0 to {layout.world - 1}")
     records: list[dict[str, Any]] = []
     for rank in ranks:
-        traced = trace(workload, rank)
+        traced = apart(trace, workload, rank)
         place = place_of(layout, rank)
         memory = memory_of(workload, place)
         records.append(_trace_dict(rank, place, traced, memory))

@@ -10,11 +10,11 @@ import pytest
 
 from modelyard.config.adapter import Adapter
 from modelyard.config.layout import Layout
+from modelyard.plan.apart import apart
 from modelyard.plan.communication import Key, communication_of
 from modelyard.plan.trace import trace
 from modelyard.plan.workload import Workload
 from tests.parallel.matrix import TINY
-from tests.plan.apart import apart
 
 SHAPE = replace(TINY, vocab_size=96, hidden_size=32, head_size=8, ffn_hidden_size=48, qkv_bias=False)
 TIED = replace(SHAPE, tie_word_embeddings=True)

@@ -12,6 +12,7 @@ from modelyard.config.adapter import MODULES, Adapter, Quantization, block_matri
 from modelyard.config.architecture import Architecture, Rotary
 from modelyard.config.layout import Layout
 from modelyard.model.adapter import QUANTIZED
+from modelyard.plan.apart import apart
 from modelyard.plan.memory import least_memory, memory_of, most_of_all
 from modelyard.plan.schedules import most_on_the_way, order
 from modelyard.plan.trace import trace
@@ -71,7 +72,7 @@ CASES: dict[str, tuple[Workload, int, int]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_is_what_a_trace_holds(name: str) -> None:
     work, rank, place = CASES[name]
-    memory, traced = memory_of(work, place), trace(work, rank)
+    memory, traced = memory_of(work, place), apart(trace, work, rank)
     # Small models have more small things beside the large ones; docs/planner.md has those of real size.
     assert memory.peak == pytest.approx(traced.peak_bytes, rel=0.05)
     assert memory.at_rest == pytest.approx(traced.at_rest_bytes, rel=0.04)

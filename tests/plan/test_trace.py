@@ -16,12 +16,12 @@ from modelyard.config.adapter import Adapter, Quantization
 from modelyard.config.layout import Layout
 from modelyard.config.presets import preset
 from modelyard.parallel.mesh import Mesh, alone
+from modelyard.plan.apart import apart
 from modelyard.plan.meter import Meter
 from modelyard.plan.trace import Traced, batch_of, measure, trace
 from modelyard.plan.workload import Workload
 from tests.parallel.matrix import TINY
 from tests.parallel.processes import run_distributed
-from tests.plan.apart import apart
 
 SHAPE = replace(
     TINY, vocab_size=96, hidden_size=32, num_layers=2, head_size=8, ffn_hidden_size=48, qkv_bias=False
