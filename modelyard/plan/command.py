@@ -28,7 +28,7 @@ from modelyard.plan.hardware import (
 from modelyard.plan.memory import Memory, memory_of, most_of_all
 from modelyard.plan.report import NOT_MODELLED, STORAGE, as_dict, report, seconds_text
 from modelyard.plan.room import Room, room_of
-from modelyard.plan.search import Found, in_short, lines_to_paste, search, why_slower
+from modelyard.plan.search import Found, anything_fits, in_short, lines_to_paste, search, why_slower
 from modelyard.plan.summary import indented, table
 from modelyard.plan.workload import Workload, workload_of
 
@@ -136,8 +136,8 @@ def does_not_fit(loaded: Loaded, workload: Workload, cluster: Cluster, room: Roo
     """One line: what is missing, what would do on these devices, or else the least hardware that would."""
     assert loaded.architecture is not None
     there = f"a process needs {size(room.needed)}, and {cluster.hardware.title} has {size(room.there)}"
-    found, _ = search(loaded.train, loaded.architecture, workload, cluster, best=1)
-    if found:
+    if anything_fits(loaded.train, loaded.architecture, workload, cluster):
+        found, _ = search(loaded.train, loaded.architecture, workload, cluster, best=1)
         return f"does not fit: {there}; on the same devices this would: {in_short(found[0])} (--search shows the best ten)"
     return f"does not fit: {there}, and no layout of {cluster.gpus:,} would; {least_hardware(loaded, workload, cluster)}"
 
@@ -153,8 +153,8 @@ def least_hardware(loaded: Loaded, workload: Workload, cluster: Cluster) -> str:
             tried = cluster_of(hardware, gpus)
             if name == cluster.hardware.name:
                 tried = replace(cluster, gpus=gpus)
-            found, _ = search(loaded.train, loaded.architecture, workload, tried, best=1)
-            if found:
+            if anything_fits(loaded.train, loaded.architecture, workload, tried):
+                found, _ = search(loaded.train, loaded.architecture, workload, tried, best=1)
                 return f"the least that does: {gpus:,} x {hardware.title} ({in_short(found[0])})"
             gpus *= 2
     return (

@@ -80,6 +80,20 @@ def search(
     return found, len(tried)
 
 
+def anything_fits(
+    config: TrainConfig, architecture: Architecture, workload: Workload, cluster: Cluster
+) -> bool:
+    """Whether any layout does; those that take the least at any rate are asked first."""
+    tried = [(least_memory(work), work) for _, work in candidates(config, architecture, workload, cluster)]
+    for least, candidate in sorted(tried, key=lambda one: one[0]):
+        if least > cluster.hardware.memory:
+            return False
+        _, memory = most_of_all(candidate)
+        if room_of(memory, cluster.hardware).fits:
+            return True
+    return False
+
+
 def _with(found: list[Found], new: Found, best: int) -> list[Found]:
     """The best with a new one among them; of layouts that only save memory in other ways the fastest stays."""
     alike = [other for other in found if _is_alike(other.workload, new.workload)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from modelyard.plan.duration import duration_of
 from modelyard.plan.hardware import Cluster, cluster_of, load_hardware
 from modelyard.plan.memory import least_memory, most_of_all
 from modelyard.plan.room import room_of
-from modelyard.plan.search import at_least, candidates, lines_to_paste, search, why_slower
+from modelyard.plan.search import anything_fits, at_least, candidates, lines_to_paste, search, why_slower
 from modelyard.plan.workload import Workload, workload_of
 
 CONFIG = {
@@ -55,6 +56,11 @@ def test_finds_what_going_through_all_finds(path: Path, cluster: Cluster) -> Non
         if room_of(memory, cluster.hardware).fits:
             fitting.append((duration, work))
     assert 0 < len(fitting) < len(everything)
+    assert anything_fits(loaded.train, loaded.architecture, base, cluster)
+    least = min(room_of(most_of_all(work)[1], cluster.hardware).needed for work in everything)
+    for room, fits in ((ceil(least), True), (int(least) - 1, False)):
+        tight = replace(cluster, hardware=replace(cluster.hardware, memory=room))
+        assert anything_fits(loaded.train, loaded.architecture, base, tight) is fits
     assert found[0].duration.step == min(step for step, _ in fitting)
     steps = [one.duration.step for one in found]
     assert steps == sorted(steps)
